@@ -1,0 +1,75 @@
+"What the scripts beside this one share: where things are, the settings, and a notebook as cells with directives."
+import ast
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+
+from execnb.nbio import nb2str
+from fastcore.basics import AttrDict
+from nbdev.config import get_config
+from nbdev.process import extract_directives
+
+ROOT = Path(__file__).resolve().parent.parent
+cfg = get_config(path=ROOT)
+NBS = ROOT/cfg.nbs_path.relative_to(ROOT)
+TST_FLAGS = cfg.tst_flags.split()
+EXPORTS = {'export', 'exporti', 'exports'}
+
+
+class Cell:
+    "A cell: its text, the directives at its head, and its code below them."
+    def __init__(self, number, raw):
+        self.number, self.raw, self.id = number, raw, raw.get('id')
+        self.kind, self.source, self.outputs = raw['cell_type'], ''.join(raw['source']), raw.get('outputs', [])
+        # nbdev's own reading, so that we see exactly the directives that nbdev_test and nbdev_export obey
+        self.directives = extract_directives(AttrDict(source=self.source), remove=False) if self.is_code else {}
+
+    @property
+    def is_code(self): return self.kind == 'code'
+
+    @property
+    def is_exported(self): return bool(EXPORTS & self.directives.keys())
+
+    @property
+    def flags(self): return [f for f in TST_FLAGS if f in self.directives]
+
+    @property
+    def code_lines(self): return [o for o in self.source.splitlines() if o.strip() and not re.match(r'\s*#\s*\|', o)]
+
+    @cached_property
+    def nodes(self):
+        "Every node of the syntax tree, none if there is no tree; `%` and `!` lines count as `pass`."
+        if not self.is_code: return []
+        try: return list(ast.walk(ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', self.source, flags=re.MULTILINE))))
+        except SyntaxError: return []
+
+
+class Notebook:
+    "A notebook file; cells are numbered from 1, as in nbdev_test's messages."
+    def __init__(self, path):
+        self.path, self.name = path, path.name
+        try: self.raw = json.loads(path.read_text(encoding='utf-8'))
+        except ValueError as e: raise ValueError(f'{path.name}: not a notebook: {e}') from None
+        self.cells = [Cell(i, o) for i, o in enumerate(self.raw['cells'], 1)]
+
+    @property
+    def code(self): return [o for o in self.cells if o.is_code]
+
+    @property
+    def number(self):
+        "The rank in the one-way order of imports: NN of NN_name, infinity for index, None for any other name."
+        if self.name == 'index.ipynb': return float('inf')
+        return int(self.name[:2]) if re.match(r'\d\d_\w+\.ipynb$', self.name) else None
+
+    @property
+    def default_exp(self): return next((o.directives['default_exp'][0] for o in self.code
+                                        if o.directives.get('default_exp')), None)
+
+
+def notebooks(): return [Notebook(o) for o in sorted(NBS.glob('*.ipynb'))]
+
+
+def as_text(raw):
+    "The file's text for a notebook's JSON, formatted as nbdev_clean does it."
+    return nb2str(raw)

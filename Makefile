@@ -1,0 +1,51 @@
+# Every target sets up .venv first, so a fresh clone needs Python and make, nothing else.
+PYTHON ?= python3
+# flags of the cells that `make test` runs on top of the unmarked ones
+FLAGS ?= slow
+# the official archive, for cells marked realdata; absolute, because notebooks run inside nbs/
+override TINY_IMAGENET := $(abspath $(or $(TINY_IMAGENET),$(wildcard ../shared/data/tiny-imagenet-200.zip)))
+ifneq ($(TINY_IMAGENET),)
+export TINY_IMAGENET
+endif
+ENV := .venv/.installed
+BIN := .venv/bin
+
+.PHONY: help demo test test-realdata test-cuda lab export readme stamp clean
+
+help: ## print this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+# touched last, so that an interrupted install is begun again; the log is kept, as it runs to hundreds of lines
+$(ENV): settings.ini setup.py
+	@echo "setting up .venv (some minutes the first time; log in .venv/pip.log)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --disable-pip-version-check -e '.[dev]' >.venv/pip.log 2>&1 || { tail -n 15 .venv/pip.log; exit 1; }
+	@touch $@
+
+demo: $(ENV) ## train a small ViT on a synthetic twin of the dataset; results in results/demo/
+	@$(BIN)/vit_train demo --min_top1 0.25
+
+test: $(ENV) ## run all notebooks and every other check; FLAGS='slow realdata' runs marked cells too
+	@$(BIN)/python .ci/check.py --flags $(FLAGS)
+
+test-realdata: $(ENV) ## the cells on the real archive: TINY_IMAGENET=path/to/tiny-imagenet-200.zip
+	@test -f "$(TINY_IMAGENET)" || { echo "set TINY_IMAGENET to the path of tiny-imagenet-200.zip"; exit 2; }
+	@$(BIN)/python .ci/check.py --flags realdata
+
+test-cuda: $(ENV) ## the cells that need a GPU
+	@$(BIN)/python .ci/check.py --flags cuda
+
+lab: $(ENV) ## open JupyterLab on the notebooks
+	@$(BIN)/jupyter lab nbs
+
+export: $(ENV) ## write vit_tinyimagenet/ from the notebooks
+	@$(BIN)/nbdev_export
+
+readme: $(ENV) ## write README.md and its figures from nbs/index.ipynb
+	@$(BIN)/python .ci/readme.py
+
+stamp: $(ENV) ## write Colab badges and cells, with the owner that settings.ini names
+	@$(BIN)/python .ci/stamp.py
+
+clean: $(ENV) ## strip the notebooks of what a run leaves besides its outputs
+	@$(BIN)/nbdev_clean
