@@ -48,7 +48,7 @@ def load_checkpoint(path:Path,
         if not p.exists(): continue
         try: return torch.load(p, map_location=device, weights_only=True)
         except Exception as e: problems.append(f'{p}: {e!r}')   # torch raises many kinds
-    if problems: raise RuntimeError('no readable checkpoint; delete these to start anew:\n'+'\n'.join(problems))
+    if problems: raise RuntimeError('no readable checkpoint; delete to start anew:\n'+'\n'.join(problems))
 
 # %% ../nbs/06_checkpoint.ipynb #d2f149a3
 def save_release(model:VisionTransformer,
@@ -82,8 +82,9 @@ def shipped()->dict[str,Path]: # name -> file
 
 def load_pretrained(name:str='laptop',            # a key of `shipped()`, or a release file
                     device:torch.device|str='cpu'
-                   )->VisionTransformer:          # in evaluation mode, with classes and normalisation as `model.meta`
+                   )->VisionTransformer:          # in evaluation mode, `model.meta` has classes and normalisation
     "A trained model, by name or from a file; raises `ValueError` for a name that is not shipped."
     if Path(name).is_file(): return load_release(Path(name), device)
-    if name not in shipped(): raise ValueError(f"'{name}' is neither a file nor shipped; shipped are: {', '.join(shipped()) or 'none'}")
+    if name not in shipped():
+        raise ValueError(f"'{name}' is neither a file nor shipped; shipped are: {', '.join(shipped()) or 'none'}")
     return load_release(shipped()[name], device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'pick_device', 'has_native_bf16', 'pick_precision', 'autocast', 'mix64', 'Draws', 'shuffled',
-           'seed_step', 'data_home', 'no_bar']
+           'seed_step', 'check_fields', 'one_of', 'data_home', 'no_bar']
 
 # %% ../nbs/00_core.ipynb #a063dcde
 import contextlib, os, sys, zlib
@@ -21,7 +21,7 @@ def pick_device(name:str='auto' # 'auto', 'cuda', 'mps' or 'cpu'
     if name=='auto': name = next(d for d in there if there[d])
     if not there.get(name.split(':')[0]):
         have = ', '.join(d for d in there if there[d])
-        raise ValueError(f"device='{name}' is not available here (this machine has: {have}); use one of those or 'auto'")
+        raise ValueError(f"device='{name}' is not available here; choose 'auto', or of what is: {have}")
     return torch.device(name)
 
 # %% ../nbs/00_core.ipynb #029fea52
@@ -105,6 +105,18 @@ def seed_step(seed:int, # of the run
     "Set torch's generators as a pure function of (seed, step)."
     key = mix64(mix64(torch.tensor(seed)*_GOLDEN + 1) + step)
     torch.manual_seed(key.item())
+
+# %% ../nbs/00_core.ipynb #cac64428
+def check_fields(cfg,   # a dataclass instance
+                 *rules # (field, whether it is right, what would be)
+                ):
+    "Raise `ValueError` for the first rule that does not hold."
+    for field,ok,fix in rules:
+        if not ok: raise ValueError(f'{field}={getattr(cfg,field)!r}: {fix}')
+
+def one_of(*allowed:str)->str:
+    "The fix of a field with a few allowed values."
+    return f"choose one of {', '.join(map(repr,allowed))}"
 
 # %% ../nbs/00_core.ipynb #6de172fb
 def data_home()->Path:

@@ -9,6 +9,7 @@ __all__ = ['SHAPES', 'URL', 'MD5', 'PACK_FORMAT', 'draw_shape', 'make_twin', 'do
 
 # %% ../nbs/01_data.ipynb #305f20ff
 import csv, hashlib, io, json, math, os, shutil, tempfile, zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -30,7 +31,8 @@ def _polygon(n:int, inner:float=1., turn:float=0.)->list[tuple[float,float]]:
     r = [1. if i%2==0 else inner for i in range(m)] if inner!=1. else [1.]*m
     return [(r[i]*math.cos(2*math.pi*i/m+turn), r[i]*math.sin(2*math.pi*i/m+turn)) for i in range(m)]
 
-def _box(x0:float, y0:float, x1:float, y1:float)->list[tuple[float,float]]: return [(x0,y0),(x1,y0),(x1,y1),(x0,y1)]
+def _box(x0:float, y0:float, x1:float, y1:float)->list[tuple[float,float]]:
+    return [(x0,y0),(x1,y0),(x1,y1),(x0,y1)]
 
 # %% ../nbs/01_data.ipynb #f7e9f94c
 _disc,_square,_triangle = _polygon(24), _polygon(4,turn=math.pi/4), _polygon(3)
@@ -47,7 +49,7 @@ SHAPES = dict(
     two_discs=[(1,_small(_disc,.42,-.58)),(1,_small(_disc,.42,.58))],
     two_squares=[(1,_small(_square,.5,-.5,-.5)),(1,_small(_square,.5,.5,.5))],
     stripes=[(1,_box(-1,y,1,y+.3)) for y in (-1,-.35,.3)],
-    checks=[(1,_box(x,y,x+.5,y+.5)) for i,x in enumerate((-1,-.5,0,.5)) for y in ((-1,0) if i%2 else (-.5,.5))],
+    checks=[(1,_box(x,y+shift,x+.5,y+shift+.5)) for x,shift in ((-1,.5),(-.5,0),(0,.5),(.5,0)) for y in (-1,0)],
     arrow=[(1,[(1,0),(.1,-.8),(.1,.8)]),(1,_box(-1,-.25,.2,.25))],
     eye=[(1,_disc),(0,_small(_disc,.75)),(1,_small(_disc,.4))],
 )
@@ -76,25 +78,29 @@ def _jpeg(pixels:np.ndarray, grey:bool)->bytes:
     Image.fromarray(pixels).convert('L' if grey else 'RGB').save(out, 'JPEG', quality=90)
     return out.getvalue()
 
+def _twin_files(per_class:int, n_valid:int, seed:int)->Iterator[tuple[str,str|bytes]]:
+    "Path and content of every file of a synthetic archive."
+    rng = np.random.default_rng(seed)
+    wnids = {f'n9{i:07d}':name for i,name in enumerate(sorted(SHAPES))}
+    image = lambda wnid: _jpeg(draw_shape(wnids[wnid],rng), grey=rng.random()<.02)
+    yield 'wnids.txt', '\n'.join(rng.permutation(list(wnids)))+'\n'
+    yield 'words.txt', ''.join(f'{w}\t{n.replace("_"," ")}, a shape\n' for w,n in wnids.items())
+    for w in wnids:
+        for i in range(per_class): yield f'train/{w}/images/{w}_{i}.JPEG', image(w)
+    valid = [(f'val_{i}.JPEG',w) for i,w in enumerate(rng.permutation(list(wnids)*n_valid))]
+    for name,w in valid: yield f'val/images/{name}', image(w)
+    yield 'val/val_annotations.txt', ''.join(f'{name}\t{w}\t0\t0\t63\t63\n' for name,w in valid)
+
 def make_twin(path:Path,         # where the zip goes
               per_class:int=100, # train images a class
               n_valid:int=20,    # validation images a class
               seed:int=0
              )->Path:
-    "Write a synthetic archive in Tiny ImageNet's layout; about one JPEG in fifty is grey, as in the real one."
-    rng,root = np.random.default_rng(seed),'tiny-imagenet-200'
-    wnids = {f'n9{i:07d}':name for i,name in enumerate(sorted(SHAPES))}
-    image = lambda name: _jpeg(draw_shape(name,rng), grey=rng.random()<.02)
+    "Write a synthetic archive in the official layout; about one JPEG in fifty is grey, as in the real one."
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.tmp-{os.getpid()}')
     with zipfile.ZipFile(part,'w') as z:
-        z.writestr(f'{root}/wnids.txt', '\n'.join(rng.permutation(list(wnids)))+'\n')
-        z.writestr(f'{root}/words.txt', ''.join(f'{w}\t{n.replace("_"," ")}, a shape\n' for w,n in wnids.items()))
-        for w,n in wnids.items():
-            for i in range(per_class): z.writestr(f'{root}/train/{w}/images/{w}_{i}.JPEG', image(n))
-        rows = [f'val_{i}.JPEG\t{w}\t0\t0\t63\t63\n' for i,w in enumerate(rng.permutation(list(wnids)*n_valid))]
-        for row in rows: z.writestr(f'{root}/val/images/{row.split()[0]}', image(wnids[row.split()[1]]))
-        z.writestr(f'{root}/val/val_annotations.txt', ''.join(rows))
+        for name,content in _twin_files(per_class, n_valid, seed): z.writestr(f'tiny-imagenet-200/{name}', content)
     os.replace(part, path)
     return path
 
@@ -120,10 +126,11 @@ def read_annotations(text:str,        # of val_annotations.txt
     label,out = {w:i for i,w in enumerate(wnids)},{}
     for n,line in enumerate(text.splitlines(), 1):
         if not line.strip(): continue
-        row = line.split('\t')
-        if len(row)<2: raise ValueError(f'val_annotations.txt line {n}: {line!r} needs a file and a wnid, tab-separated')
-        if row[1] not in label: raise ValueError(f'val_annotations.txt line {n}: wnid {row[1]!r} is not in wnids.txt')
-        if row[0] in out: raise ValueError(f'val_annotations.txt line {n}: {row[0]} is listed twice; remove one line')
+        row,problem = line.split('\t'),None
+        if len(row)<2: problem = f'{line!r} needs a file and a wnid, tab-separated'
+        elif row[1] not in label: problem = f'wnid {row[1]!r} is not in wnids.txt'
+        elif row[0] in out: problem = f'{row[0]} is listed twice; remove one line'
+        if problem: raise ValueError(f'val_annotations.txt line {n}: {problem}')
         out[row[0]] = label[row[1]]
     return out
 
@@ -146,7 +153,7 @@ def fix_val(root:Path # the extracted tiny-imagenet-200 folder
     for name,label in labels.items():
         src,dst = val/'images'/name, val/wnids[label]/name
         if src.exists(): os.replace(src, dst)
-        elif not dst.exists(): raise FileNotFoundError(f'{src}: listed in val_annotations.txt but missing; extract again')
+        elif not dst.exists(): raise FileNotFoundError(f'{src}: in val_annotations.txt but missing; extract again')
     if (val/'images').exists(): (val/'images').rmdir()
     return val
 
@@ -162,14 +169,14 @@ def list_archive(z:zipfile.ZipFile # in the official layout
     "Images and labels of an archive; raises `ValueError` when files and labels disagree."
     members = {m for m in z.namelist() if not m.endswith('/')}
     root = next((m.removesuffix('wnids.txt') for m in members if PurePosixPath(m).name=='wnids.txt'), None)
-    if root is None: raise ValueError(f'{z.filename}: no wnids.txt inside, so this is not a Tiny ImageNet archive')
+    if root is None: raise ValueError(f'{z.filename}: no wnids.txt inside, so no Tiny ImageNet archive')
     text = lambda name: z.read(root+name).decode()
     wnids = sorted(text('wnids.txt').split())
     labels,val = read_annotations(text('val/val_annotations.txt'), wnids), f'{root}val/images/'
     listed,there = {val+n for n in labels}, {m for m in members if m.startswith(val)}
     if listed!=there: raise ValueError(f'{z.filename}: {min(listed^there)} is listed or there, but not both')
-    label = {w:i for i,w in enumerate(wnids)}
-    train = [(m,label[m.split('/')[-3]]) for m in members if m.startswith(f'{root}train/') and '/images/' in m]
+    label,in_train = {w:i for i,w in enumerate(wnids)},f'{root}train/'
+    train = [(m,label[m.split('/')[-3]]) for m in members if m.startswith(in_train) and '/images/' in m]
     return Listing(wnids, read_names(text('words.txt'), wnids),
                    dict(train=sorted(train), valid=sorted((val+n,l) for n,l in labels.items())))
 
@@ -179,33 +186,41 @@ def decode(data:bytes, # an image file
           )->tuple[np.ndarray,bool]: # (3,size,size) uint8, and whether the file was grey
     "Decode to RGB, channels first; raises `ValueError` for another size."
     with Image.open(io.BytesIO(data)) as img:
-        if img.size!=(size,size): raise ValueError(f'image of {img.size[0]}x{img.size[1]} pixels, expected {size}x{size}')
+        if img.size!=(size,size): raise ValueError(f'{img.width}x{img.height} pixels, expected {size}x{size}')
         return np.asarray(img.convert('RGB')).transpose(2,0,1), img.mode=='L'
 
 # %% ../nbs/01_data.ipynb #daed5344
 def _decode_chunk(z:zipfile.ZipFile, size:int, members:list[str])->tuple[np.ndarray,int]:
-    "Pixels of some members, and how many are grey. Threads share the handle: opening one costs 110,000 entries."
+    "Pixels of some members, and how many are grey. Threads share the handle: opening one reads all entries."
     out,n_grey = np.empty((len(members),3,size,size), np.uint8),0
     for i,m in enumerate(members):
         try: out[i],grey = decode(z.read(m), size)
-        except (OSError,ValueError,zipfile.BadZipFile) as e: raise ValueError(f'{z.filename}, {m}: {e}') from e
+        except (OSError,ValueError,zipfile.BadZipFile) as e:
+            raise ValueError(f'{z.filename}, {m}: {e}') from e
         n_grey += grey
     return out,n_grey
 
 # %% ../nbs/01_data.ipynb #f0004614
+def _decoded(z:zipfile.ZipFile, size:int, items:list[tuple[str,int]], label:str)->Iterator[tuple[np.ndarray,int]]:
+    "Chunks of pixels in order, decoded in threads a few chunks ahead, so that memory stays small."
+    chunks = [[m for m,_ in items[i:i+500]] for i in range(0,len(items),500)]
+    with ThreadPoolExecutor(n:=os.cpu_count() or 1) as pool:
+        ahead = deque(pool.submit(_decode_chunk, z, size, c) for c in chunks[:2*n])
+        for i in tqdm(range(len(chunks)), label, leave=False, disable=no_bar()):
+            yield ahead.popleft().result()
+            if i+2*n<len(chunks): ahead.append(pool.submit(_decode_chunk, z, size, chunks[i+2*n]))
+
 def _pack_split(z:zipfile.ZipFile, folder:Path, split:str, items:list[tuple[str,int]], size:int)->dict:
     "Write one split's arrays; returns its count, grey images, and exact pixel sums."
-    images = np.lib.format.open_memmap(folder/f'{split}_images.npy', 'w+', np.uint8, (len(items),3,size,size))
-    chunks = [items[i:i+500] for i in range(0,len(items),500)]
     total,square,grey = np.zeros(3,np.uint64),np.zeros(3,np.uint64),0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = pool.map(lambda c: _decode_chunk(z, size, [m for m,_ in c]), chunks)
-        for i,(x,n_grey) in enumerate(tqdm(work, f'pack {split}', len(chunks), leave=False, disable=no_bar())):
-            images[i*500:i*500+len(x)] = x
+    with open(folder/f'{split}_images.npy','wb') as f:
+        header = dict(descr='|u1', fortran_order=False, shape=(len(items),3,size,size))
+        np.lib.format.write_array_header_1_0(f, header)
+        for x,n_grey in _decoded(z, size, items, f'pack {split}'):
+            f.write(x.data)
             total += x.sum((0,2,3), dtype=np.uint64)
             square += np.square(x, dtype=np.uint16).sum((0,2,3), dtype=np.uint64)
             grey += n_grey
-    images.flush()
     np.save(folder/f'{split}_labels.npy', np.array([l for _,l in items], np.int64))
     (folder/f'{split}_files.txt').write_text('\n'.join(PurePosixPath(m).name for m,_ in items))
     return dict(n=len(items), grey=grey, sum=total.tolist(), square=square.tolist())
@@ -217,11 +232,16 @@ def file_sha256(path:Path)->str:
     "sha256 of a file, in hex."
     with open(path,'rb') as f: return hashlib.file_digest(f,'sha256').hexdigest()
 
-def _moments(train:dict, size:int)->dict:
-    n = train['n']*size*size*255
-    mean = [s/n for s in train['sum']]
-    return dict(mean=mean, std=[math.sqrt(q/(n*255)-m*m) for q,m in zip(train['square'],mean)])
+def _pack_meta(source:Path, found:Listing, done:dict, size:int)->dict:
+    "What has to be known of a pack: its source, its classes, and the moments of its training pixels."
+    n = done['train']['n']*size*size*255
+    mean = [s/n for s in done['train']['sum']]
+    std = [math.sqrt(q/(n*255)-m*m) for q,m in zip(done['train']['square'],mean)]
+    return dict(format=PACK_FORMAT, source=source.name, data_sha256=file_sha256(source), img_size=size,
+                wnids=found.wnids, names=found.names, mean=mean, std=std,
+                **{k:{s:d[k] for s,d in done.items()} for k in ('n','grey')})
 
+# %% ../nbs/01_data.ipynb #57e6b8d3
 def pack(source:Path,       # zip in the official layout
          folder:Path,       # the pack's place
          img_size:int=64    # pixels a side
@@ -234,10 +254,7 @@ def pack(source:Path,       # zip in the official layout
         with zipfile.ZipFile(source) as z:
             found = list_archive(z)
             done = {s:_pack_split(z, part, s, items, img_size) for s,items in found.splits.items()}
-        meta = dict(format=PACK_FORMAT, source=source.name, data_sha256=file_sha256(source), img_size=img_size,
-                    wnids=found.wnids, names=found.names, **_moments(done['train'], img_size),
-                    n={s:d['n'] for s,d in done.items()}, grey={s:d['grey'] for s,d in done.items()})
-        (part/'meta.json').write_text(json.dumps(meta, indent=1))
+        (part/'meta.json').write_text(json.dumps(_pack_meta(source,found,done,img_size), indent=1))
         os.replace(part, folder)
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -256,14 +273,16 @@ class Pack:
     "A packed dataset: `train`, `valid`, and the `meta` that has to travel with every model trained on it."
     def __init__(self, folder:Path):
         self.folder = Path(folder)
-        if not (self.folder/'meta.json').exists(): raise FileNotFoundError(f'{folder}: no meta.json, so no pack; run pack()')
-        self.meta = json.loads((self.folder/'meta.json').read_text())
+        path = self.folder/'meta.json'
+        if not path.exists(): raise FileNotFoundError(f'{folder}: no meta.json, so no pack; run pack()')
+        self.meta = json.loads(path.read_text())
         if self.meta['format']!=PACK_FORMAT:
-            raise ValueError(f"{folder}: pack format {self.meta['format']}, expected {PACK_FORMAT}; delete it and pack again")
+            raise ValueError(f"{folder}: format {self.meta['format']}, expected {PACK_FORMAT}; delete and pack again")
     def _split(self, name:str)->Split:
         load = lambda what, **kw: torch.from_numpy(np.load(self.folder/f'{name}_{what}.npy', **kw))
+        files = (self.folder/f'{name}_files.txt').read_text().split('\n')
         # mode 'c' never writes to the file, and spares torch's warning about read-only arrays
-        return Split(load('images', mmap_mode='c'), load('labels'), (self.folder/f'{name}_files.txt').read_text().split('\n'))
+        return Split(load('images',mmap_mode='c'), load('labels'), files)
     @cached_property
     def train(self)->Split: return self._split('train')
     @cached_property
@@ -281,7 +300,8 @@ def open_data(source:str|Path='official', # a pack's folder, a zip, 'official' o
         zipped = home/'twin-20.zip'
         if not zipped.exists(): make_twin(zipped)
     else: zipped = Path(source)
-    if not zipped.is_file(): raise FileNotFoundError(f"{zipped}: give a pack's folder, a zip, 'official' or 'twin'")
+    if not zipped.is_file():
+        raise FileNotFoundError(f"{zipped}: not there; give a pack's folder, a zip, 'official' or 'twin'")
     folder = home/f'{zipped.stem}-{file_sha256(zipped)[:8]}'
     return Pack(folder if folder.exists() else pack(zipped, folder))
 
@@ -294,7 +314,8 @@ def minival_split(labels:Tensor,    # (n,) int64, of the train split
     order = shuffled(len(labels), seed, epoch=0)
     by_class = order[labels[order].argsort(stable=True)]     # shuffled within each class
     counts = labels.bincount()
-    if counts.min()<=per_class: raise ValueError(f'per_class={per_class}: the smallest class has {counts.min()} images')
+    if counts.min()<=per_class:
+        raise ValueError(f'per_class={per_class}: has to be less than the {counts.min()} images of the smallest class')
     rank = torch.cat([torch.arange(c) for c in counts.tolist()])
     return by_class[rank>=per_class].sort().values, by_class[rank<per_class].sort().values
 
@@ -316,7 +337,8 @@ class Batches:
                 ):
         on_gpu = torch.device(device).type=='cuda'
         self.images = split.images.to(device) if on_gpu else split.images
-        self.labels,self.batch_size,self.seed,self.shuffle,self.device = split.labels,batch_size,seed,shuffle,device
+        self.labels,self.device = split.labels,device
+        self.batch_size,self.seed,self.shuffle = batch_size,seed,shuffle
     def __len__(self)->int: return math.ceil(len(self.labels)/self.batch_size)
     def epoch(self,
               epoch:int=0, # counted from 0

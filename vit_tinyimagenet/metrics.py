@@ -25,7 +25,8 @@ class WeightedMean:
         if n<1: raise ValueError(f'n={n}: a batch has at least one image')
         self.total,self.count = self.total+mean*n,self.count+n
     @property
-    def value(self)->float: return float(self.total)/self.count if self.count else float('nan') # nan before the first batch
+    def value(self)->float: # nan before the first batch
+        return float(self.total)/self.count if self.count else float('nan')
     def state_dict(self)->dict: return dict(total=float(self.total), count=self.count)
 
 # %% ../nbs/05_metrics.ipynb #b84b3bf7

@@ -51,7 +51,7 @@ def demo()->Recipe:
 def laptop()->Recipe:
     "2.7M parameters on the real data, for two CPU cores: `results/laptop` has accuracy and time."
     return Recipe('laptop', augment=AugmentConfig(pad=4),
-                  train=TrainConfig(epochs=8, batch_size=256, patch_drop=((0.,.75),(.4,.5),(.88,0.))))
+                  train=TrainConfig(epochs=6, batch_size=256, patch_drop=((0.,.75),(.4,.5),(.88,0.))))
 
 # %% ../nbs/09_recipes.ipynb #1de1dc55
 def original_notebook()->Recipe:

@@ -30,7 +30,7 @@ WATCH = ('none','minival','valid')
 @dataclass(frozen=True)
 class TrainConfig:
     "How long, how fast, and what is watched on the way."
-    epochs: int = 8                      # passes over the training images
+    epochs: int = 6                      # passes over the training images
     batch_size: int = 256
     seed: int = 0
     device: str = 'auto'                 # 'auto', 'cuda', 'mps' or 'cpu'
