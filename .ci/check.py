@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copytree, ignore_patterns, rmtree
 from tempfile import TemporaryDirectory
 
 import nbformat
@@ -59,7 +59,7 @@ def run_in_child(nb, flags):
     try: p = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired: return dict(passed=False, wall_s=TIMEOUT_S, ran=[]), 'out of time'
     try: return json.loads(p.stdout.splitlines()[-1]), p.stderr
-    except (IndexError, ValueError): 
+    except (IndexError, ValueError):
         return dict(passed=False, wall_s=0, ran=[]), f'{p.stderr}\nexit code {p.returncode}'
 
 
@@ -200,6 +200,38 @@ def notebooks_open_and_close(nbs):
         if nb.number is None: yield f'{nb.name}: neither NN_name.ipynb nor index.ipynb; rename it'
 
 
+# --- what a user installs ---
+
+# run outside the checkout, in a process where importing a development tool fails
+USE_IT = """
+import sys
+sys.modules.update(dict.fromkeys(['nbdev', 'fastcore', 'execnb']))
+import torch, {lib}
+from pathlib import Path
+from {lib}.checkpoint import load_pretrained, shipped
+assert Path({lib}.__file__).is_relative_to(sys.argv[1]), {lib}.__file__
+assert shipped(), 'no weights in the wheel'
+for name in shipped():
+    model = load_pretrained(name)
+    assert model(torch.zeros(1, 3, model.cfg.img_size, model.cfg.img_size)).shape == (1, len(model.meta['wnids']))
+"""
+
+
+def wheel_complete():
+    "The wheel, installed elsewhere, imports without development tools and loads its weights."
+    rmtree(ROOT/'build', ignore_errors=True)   # what an older build left there would get into this one
+    with TemporaryDirectory() as d:
+        pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
+        steps = [[*pip, 'wheel', '--no-deps', '-w', d, str(ROOT)],
+                 [*pip, 'install', '--no-deps', '--no-index', '--find-links', d, '--target', f'{d}/site', LIB],
+                 [sys.executable, '-c', USE_IT.format(lib=LIB), f'{d}/site']]
+        for o in steps:
+            p = subprocess.run(o, cwd=d, env={**os.environ, 'PYTHONPATH': f'{d}/site'}, stdin=subprocess.DEVNULL,
+                               capture_output=True, text=True)
+            if p.returncode: return [f'{" ".join(o[1:6])}: {p.stderr.strip()[-300:]}; see setup.py and settings.ini']
+    return []
+
+
 # --- guards: nothing passes by not running ---
 
 def there_are_notebooks(nbs):
@@ -292,6 +324,7 @@ def main():
     except ValueError as e: nbs = report('notebooks can be read', [f'{e}; restore it from git']) or []
     check_files(nbs, args.flags, report)
     to_run = [] if args.no_run else nbs
+    if not args.no_run: report('the wheel is complete', wheel_complete())
     ran, skipped = run_all(to_run, args.flags, report)
     summary(ran, skipped, len(to_run))
     print(f'flags: {" ".join(args.flags) or "none"}; {time.time()-start:.0f} s')

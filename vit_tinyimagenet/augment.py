@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt, numpy as np, torch
 from torch import Tensor
 
-from .core import Draws
+from .core import Draws, check_fields, one_of
 
 # %% ../nbs/02_augment.ipynb #052bf832
 def show_images(x:Tensor|np.ndarray|list,   # (B,3,H,W) uint8 or float in 0..1, or a list of (3,H,W)
@@ -185,15 +185,14 @@ class AugmentConfig:
     def __post_init__(self):
         size,j = self.crop_size,self.color_jitter
         mean,std = ((1,1,1) if v is None else v for v in (self.mean,self.std))
-        for field,ok,fix in (
+        check_fields(self,
             ('crop_size', size is None or size>0, 'at least 1 pixel, or None for the whole image'),
             ('pad', self.pad>=0, 'at least 0 pixels'),
-            ('pad_mode', self.pad_mode in ('reflect','constant'), "choose 'reflect' or 'constant'"),
+            ('pad_mode', self.pad_mode in ('reflect','constant'), one_of('reflect','constant')),
             ('color_jitter', len(j)==4 and min(j)>=0 and j[3]<=.5, 'four from 0 up, the last at most 0.5'),
             ('degrees', 0<=self.degrees<=180, 'between 0 and 180'),
             ('mean', len(mean)==3, 'three numbers, one a channel, or None'),
-            ('std', len(std)==3 and min(std)>0, 'three numbers above 0, one a channel, or None')):
-            if not ok: raise ValueError(f'{field}={getattr(self,field)!r}: {fix}')
+            ('std', len(std)==3 and min(std)>0, 'three numbers above 0, one a channel, or None'))
 
 # %% ../nbs/02_augment.ipynb #00646ad8
 def augment(x:Tensor,          # (B,3,H,W) uint8

@@ -82,9 +82,10 @@ def shipped()->dict[str,Path]: # name -> file
 
 def load_pretrained(name:str='laptop',            # a key of `shipped()`, or a release file
                     device:torch.device|str='cpu'
-                   )->VisionTransformer:          # in evaluation mode, `model.meta` has classes and normalisation
+                   )->VisionTransformer:          # in evaluation mode; `meta` has classes and normalisation
     "A trained model, by name or from a file; raises `ValueError` for a name that is not shipped."
     if Path(name).is_file(): return load_release(Path(name), device)
     if name not in shipped():
-        raise ValueError(f"'{name}' is neither a file nor shipped; shipped are: {', '.join(shipped()) or 'none'}")
+        known = ', '.join(shipped()) or 'none'
+        raise ValueError(f"'{name}' is neither a file nor shipped; shipped are: {known}")
     return load_release(shipped()[name], device)

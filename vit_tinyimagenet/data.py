@@ -49,7 +49,7 @@ SHAPES = dict(
     two_discs=[(1,_small(_disc,.42,-.58)),(1,_small(_disc,.42,.58))],
     two_squares=[(1,_small(_square,.5,-.5,-.5)),(1,_small(_square,.5,.5,.5))],
     stripes=[(1,_box(-1,y,1,y+.3)) for y in (-1,-.35,.3)],
-    checks=[(1,_box(x,y+shift,x+.5,y+shift+.5)) for x,shift in ((-1,.5),(-.5,0),(0,.5),(.5,0)) for y in (-1,0)],
+    checks=[(1,_box(x,y,x+.5,y+.5)) for i,x in enumerate((-1,-.5,0,.5)) for y in ((-.5,.5),(-1,0))[i%2]],
     arrow=[(1,[(1,0),(.1,-.8),(.1,.8)]),(1,_box(-1,-.25,.2,.25))],
     eye=[(1,_disc),(0,_small(_disc,.75)),(1,_small(_disc,.4))],
 )
@@ -91,6 +91,7 @@ def _twin_files(per_class:int, n_valid:int, seed:int)->Iterator[tuple[str,str|by
     for name,w in valid: yield f'val/images/{name}', image(w)
     yield 'val/val_annotations.txt', ''.join(f'{name}\t{w}\t0\t0\t63\t63\n' for name,w in valid)
 
+# %% ../nbs/01_data.ipynb #69d977d2
 def make_twin(path:Path,         # where the zip goes
               per_class:int=100, # train images a class
               n_valid:int=20,    # validation images a class
@@ -100,7 +101,8 @@ def make_twin(path:Path,         # where the zip goes
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.tmp-{os.getpid()}')
     with zipfile.ZipFile(part,'w') as z:
-        for name,content in _twin_files(per_class, n_valid, seed): z.writestr(f'tiny-imagenet-200/{name}', content)
+        for name,content in _twin_files(per_class, n_valid, seed):
+            z.writestr(f'tiny-imagenet-200/{name}', content)
     os.replace(part, path)
     return path
 
@@ -153,7 +155,8 @@ def fix_val(root:Path # the extracted tiny-imagenet-200 folder
     for name,label in labels.items():
         src,dst = val/'images'/name, val/wnids[label]/name
         if src.exists(): os.replace(src, dst)
-        elif not dst.exists(): raise FileNotFoundError(f'{src}: in val_annotations.txt but missing; extract again')
+        elif not dst.exists():
+            raise FileNotFoundError(f'{src}: in val_annotations.txt but missing; extract the archive again')
     if (val/'images').exists(): (val/'images').rmdir()
     return val
 
@@ -201,7 +204,7 @@ def _decode_chunk(z:zipfile.ZipFile, size:int, members:list[str])->tuple[np.ndar
     return out,n_grey
 
 # %% ../nbs/01_data.ipynb #f0004614
-def _decoded(z:zipfile.ZipFile, size:int, items:list[tuple[str,int]], label:str)->Iterator[tuple[np.ndarray,int]]:
+def _decoded(z:zipfile.ZipFile, size:int, items:list, label:str)->Iterator[tuple[np.ndarray,int]]:
     "Chunks of pixels in order, decoded in threads a few chunks ahead, so that memory stays small."
     chunks = [[m for m,_ in items[i:i+500]] for i in range(0,len(items),500)]
     with ThreadPoolExecutor(n:=os.cpu_count() or 1) as pool:
@@ -269,6 +272,7 @@ class Split(NamedTuple):
         "The images at `index`, copied."
         return Split(self.images[index], self.labels[index], [self.files[i] for i in index.tolist()])
 
+# %% ../nbs/01_data.ipynb #d6b46080
 class Pack:
     "A packed dataset: `train`, `valid`, and the `meta` that has to travel with every model trained on it."
     def __init__(self, folder:Path):
@@ -277,7 +281,7 @@ class Pack:
         if not path.exists(): raise FileNotFoundError(f'{folder}: no meta.json, so no pack; run pack()')
         self.meta = json.loads(path.read_text())
         if self.meta['format']!=PACK_FORMAT:
-            raise ValueError(f"{folder}: format {self.meta['format']}, expected {PACK_FORMAT}; delete and pack again")
+            raise ValueError(f'{folder}: not of pack format {PACK_FORMAT}; delete it and pack again')
     def _split(self, name:str)->Split:
         load = lambda what, **kw: torch.from_numpy(np.load(self.folder/f'{name}_{what}.npy', **kw))
         files = (self.folder/f'{name}_files.txt').read_text().split('\n')
@@ -315,7 +319,7 @@ def minival_split(labels:Tensor,    # (n,) int64, of the train split
     by_class = order[labels[order].argsort(stable=True)]     # shuffled within each class
     counts = labels.bincount()
     if counts.min()<=per_class:
-        raise ValueError(f'per_class={per_class}: has to be less than the {counts.min()} images of the smallest class')
+        raise ValueError(f'per_class={per_class}: hold out fewer, the smallest class has {counts.min()}')
     rank = torch.cat([torch.arange(c) for c in counts.tolist()])
     return by_class[rank>=per_class].sort().values, by_class[rank<per_class].sort().values
 
@@ -326,12 +330,11 @@ class Batch(NamedTuple):
     y: Tensor     # (B,) int64
     draws: Draws  # random numbers of each image
 
+# %% ../nbs/01_data.ipynb #8e63b2dd
 class Batches:
     "Batches of a split; on CUDA the whole split lives on the device."
     def __init__(self,
-                 split:Split,
-                 batch_size:int,
-                 seed:int=0,
+                 split:Split, batch_size:int, seed:int=0,
                  shuffle:bool=True,              # another order every epoch
                  device:torch.device|str='cpu'
                 ):

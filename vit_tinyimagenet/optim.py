@@ -74,14 +74,15 @@ def orthogonalise(m:Tensor,          # (n,r,c) matrices
 
 # %% ../nbs/04_optim.ipynb #6f3dd0b6
 class Muon(torch.optim.Optimizer):
-    "Momentum orthogonalised, for matrices; updates scaled to AdamW's size, so that they can share a learning rate."
+    "Momentum, orthogonalised, for matrices; updates have AdamW's size, so that they can share its rate."
     def __init__(self, params:list[nn.Parameter], lr:float, weight_decay:float, momentum:float=.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
     @torch.no_grad()
     def step(self):
         for g in self.param_groups:
             for shape in {p.shape:0 for p in g['params']}:
-                self._update([p for p in g['params'] if p.shape==shape], **{k:v for k,v in g.items() if k!='params'})
+                same = [p for p in g['params'] if p.shape==shape]
+                self._update(same, g['lr'], g['weight_decay'], g['momentum'])
     def _update(self, params:list[nn.Parameter], lr:float, weight_decay:float, momentum:float):
         "One step for matrices of equal shape."
         grads = [p.grad for p in params]
@@ -114,7 +115,7 @@ class JointOptimizer:
 
 # %% ../nbs/04_optim.ipynb #ae8fffa6
 def make_optimizer(model:nn.Module, cfg:OptimConfig)->JointOptimizer:
-    "AdamW, or Muon on the blocks' matrices and AdamW on the rest (https://kellerjordan.github.io/posts/muon/)."
+    "AdamW, or Muon on the blocks' matrices and AdamW on the rest."
     muon,groups = param_groups(model, cfg)
     out = [torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)]
     if muon: out.append(Muon(muon, cfg.lr, cfg.weight_decay))

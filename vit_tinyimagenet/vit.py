@@ -43,9 +43,7 @@ class VitConfig:
 
     def __post_init__(self): check_vit(self)
     @property
-    def grid_size(self)->int: return self.img_size//self.patch_size     # patches a side
-    @property
-    def num_patches(self)->int: return self.grid_size**2                # N, without CLS
+    def num_patches(self)->int: return (self.img_size//self.patch_size)**2 # N, without CLS
 
 # %% ../nbs/03_vit.ipynb #277042a4
 VIT_CHOICES = dict(global_pool=('avg','token'), pos_embed=('sincos2d','learn','ones'),
@@ -178,7 +176,8 @@ class VisionTransformer(nn.Module):
         pos = position_table(cfg)
         if cfg.pos_embed=='sincos2d': self.register_buffer('pos_embed', pos, persistent=False)
         else: self.pos_embed = nn.Parameter(pos)
-        self.blocks = nn.Sequential(*[Block(cfg,cfg.drop_path_rate*i/max(cfg.depth-1,1)) for i in range(cfg.depth)])
+        rates = [cfg.drop_path_rate*i/max(cfg.depth-1,1) for i in range(cfg.depth)]
+        self.blocks = nn.Sequential(*[Block(cfg,rate) for rate in rates])
         self.norm = nn.LayerNorm(D, eps=cfg.norm_eps)
         self.head,self.head_drop = nn.Linear(D,cfg.num_classes),nn.Dropout(cfg.head_drop_rate)
         (zero_residual if cfg.weight_init=='zero_residual' else torch_clones)(self)
@@ -195,7 +194,8 @@ class VisionTransformer(nn.Module):
 def position_table(cfg:VitConfig)->Tensor: # (1,N,D), or (1,N+1,D) with CLS first; more rows with pos_tokens
     "Positions as they are before training; fixed ones have zeros for CLS."
     n_cls = int(cfg.global_pool=='token')
-    if cfg.pos_embed=='sincos2d': return F.pad(sincos2d(cfg.grid_size,cfg.embed_dim), (0,0,n_cls,0))[None]
+    if cfg.pos_embed=='sincos2d':
+        return F.pad(sincos2d(cfg.img_size//cfg.patch_size, cfg.embed_dim), (0,0,n_cls,0))[None]
     shape = 1, cfg.pos_tokens or cfg.num_patches+n_cls, cfg.embed_dim
     return torch.ones(shape) if cfg.pos_embed=='ones' else .02*torch.randn(shape)
 
