@@ -23,6 +23,7 @@ $(ENV): settings.ini setup.py
 	@touch $@
 
 demo: $(ENV) ## train a small ViT on a synthetic twin of the dataset; results in results/demo/
+	@rm -rf results/demo
 	@$(BIN)/vit_train demo --min_top1 0.25
 
 test: $(ENV) ## run all notebooks and every other check; FLAGS='slow realdata' runs marked cells too

@@ -59,12 +59,12 @@ def draw_shape(name:str,                # a key of `SHAPES`
                rng:np.random.Generator, # colours, place, size, turn, noise
                size:int=64              # pixels
               )->np.ndarray:            # (size,size,3) uint8
-    "One image of a shape in random colours, turned by up to 20 degrees, with noise."
+    "One image of a shape in random colours, near the middle, turned by up to 15 degrees, with noise."
     fg,bg = rng.uniform(0,255,(2,3))
     while np.abs(fg-bg).max()<100: fg,bg = rng.uniform(0,255,(2,3))
     colours = {1:tuple(map(int,fg)), 0:tuple(map(int,bg))}
-    scale,turn = rng.uniform(.2,.4)*size, np.deg2rad(rng.uniform(-20,20))
-    cx,cy = rng.uniform(scale, size-scale, 2)
+    scale,turn = rng.uniform(.28,.4)*size, np.deg2rad(rng.uniform(-15,15))
+    cx,cy = (.5+rng.uniform(-.1,.1,2))*size
     rot = scale*np.array([[math.cos(turn),-math.sin(turn)],[math.sin(turn),math.cos(turn)]])
     img = Image.new('RGB', (size,size), colours[0])
     for ink,points in SHAPES[name]:
@@ -102,7 +102,8 @@ def make_twin(path:Path,         # where the zip goes
     part = path.with_name(f'{path.name}.tmp-{os.getpid()}')
     with zipfile.ZipFile(part,'w') as z:
         for name,content in _twin_files(per_class, n_valid, seed):
-            z.writestr(f'tiny-imagenet-200/{name}', content)
+            info = zipfile.ZipInfo(f'tiny-imagenet-200/{name}')   # without a date: equal seeds, equal bytes
+            z.writestr(info, content)
     os.replace(part, path)
     return path
 
@@ -245,6 +246,12 @@ def _pack_meta(source:Path, found:Listing, done:dict, size:int)->dict:
                 **{k:{s:d[k] for s,d in done.items()} for k in ('n','grey')})
 
 # %% ../nbs/01_data.ipynb #57e6b8d3
+def _put_in_place(part:Path, folder:Path):
+    "Rename a finished pack; where another process was faster, its pack stays."
+    try: os.replace(part, folder)
+    except OSError:
+        if not (folder/'meta.json').exists(): raise
+
 def pack(source:Path,       # zip in the official layout
          folder:Path,       # the pack's place
          img_size:int=64    # pixels a side
@@ -258,7 +265,8 @@ def pack(source:Path,       # zip in the official layout
             found = list_archive(z)
             done = {s:_pack_split(z, part, s, items, img_size) for s,items in found.splits.items()}
         (part/'meta.json').write_text(json.dumps(_pack_meta(source,found,done,img_size), indent=1))
-        os.replace(part, folder)
+        _put_in_place(part, folder)
+    except (KeyError,zipfile.BadZipFile) as e: raise ValueError(f'{source}: not a usable archive: {e}') from e
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 

@@ -86,7 +86,9 @@ class Muon(torch.optim.Optimizer):
     def _update(self, params:list[nn.Parameter], lr:float, weight_decay:float, momentum:float):
         "One step for matrices of equal shape."
         grads = [p.grad for p in params]
-        buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in params]
+        for p in params:
+            if not self.state[p]: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        buffers = [self.state[p]['momentum_buffer'] for p in params]
         torch._foreach_lerp_(buffers, grads, 1-momentum)
         nesterov = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
         native = has_native_bf16(nesterov.device)

@@ -7,7 +7,7 @@ __all__ = ['write_text', 'write_json', 'write_log', 'provenance', 'hardware', 'p
            'results_table', 'markdown_table', 'plot_curves', 'plot_final']
 
 # %% ../nbs/08_record.ipynb #5da519d2
-import json, os, platform, subprocess
+import json, os, platform, shutil, subprocess
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -38,13 +38,13 @@ def write_log(folder:Path, history:list[dict]):
 def _git(*args:str)->str|None:
     "Output of git in the package's own checkout; None outside one."
     here = Path(str(files('vit_tinyimagenet')))
-    if not (here.parent/'.git').exists(): return None
+    if not (here.parent/'.git').exists() or not shutil.which('git'): return None
     done = subprocess.run(['git','-C',str(here),*args], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode==0 else None
 
 def provenance(device:torch.device)->dict:
     "Commit, versions and hardware of this process."
-    changed = _git('status','--porcelain','--untracked-files=no')
+    changed = _git('status','--porcelain','--','.')   # in the package: a notebook in the making does no harm
     versions = {p:version(p) for p in ('torch','torchvision','numpy')}
     versions['python'] = platform.python_version()
     return dict(commit=_git('rev-parse','HEAD'), dirty=None if changed is None else bool(changed),

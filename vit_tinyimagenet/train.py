@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'patch_drop_at', 'patches_to_keep', 'supervised_loss', 'TrainState', 'train_step', 'StopRequest',
-           'with_bar', 'train_one_epoch', 'watched_better', 'end_epoch', 'fit']
+           'with_bar', 'train_one_epoch', 'watch_loss', 'end_epoch', 'fit']
 
 # %% ../nbs/07_train.ipynb #7ac08754
 import math, signal, threading, time
@@ -41,7 +41,7 @@ class TrainConfig:
     watch_augmented: bool = False        # watch with the training augmentation, as the original did
     patience: int = 0                    # epochs without a better watched loss before stopping; 0 for never
     min_delta: float = 0.                # what counts as better
-    max_minutes: float = math.inf        # stop, save and return after this long
+    max_minutes: float|None = None       # stop, save and return after this long
     checkpoint_minutes: float = 5.       # between checkpoints within an epoch
 
     def __post_init__(self):
@@ -105,8 +105,8 @@ class TrainState:
         means = [m.state_dict() for m in (self.loss,self.top1)]
         return dict(parts, means=means, **{k:getattr(self,k) for k in self.PLAIN})
     def load_state_dict(self, d:dict):
-        for k in self.PARTS:
-            if getattr(self,k) is not None: getattr(self,k).load_state_dict(d[k])
+        for k in self.PARTS:   # a scaler that was off has an empty state, which one that is on refuses
+            if getattr(self,k) is not None and d[k]: getattr(self,k).load_state_dict(d[k])
         for k in self.PLAIN: setattr(self, k, d[k])
         self.loss,self.top1 = (WeightedMean(**m) for m in d['means'])
 
@@ -133,7 +133,7 @@ def train_step(state:TrainState,
 # %% ../nbs/07_train.ipynb #bb5f27e4
 class StopRequest:
     "A context in which Ctrl-C and SIGTERM, or the end of `minutes`, set `reason` instead of raising."
-    def __init__(self, minutes:float=math.inf): self.minutes,self.reason = minutes,''
+    def __init__(self, minutes:float|None=None): self.minutes,self.reason = minutes,''
     def __enter__(self):
         self.start,self.old = time.monotonic(),{}
         if threading.current_thread() is threading.main_thread():   # Python allows handlers nowhere else
@@ -145,7 +145,7 @@ class StopRequest:
     def __exit__(self, *exc):
         for s,handler in self.old.items(): signal.signal(s, handler)
     def __bool__(self)->bool:
-        over = time.monotonic()-self.start>=self.minutes*60
+        over = self.minutes is not None and time.monotonic()-self.start>=self.minutes*60
         if over and not self.reason: self.reason = f'the end of {self.minutes:g} minutes'
         return bool(self.reason)
 
@@ -176,11 +176,10 @@ def train_one_epoch(state:TrainState, cfg:TrainConfig, optim:OptimConfig, batche
     return True
 
 # %% ../nbs/07_train.ipynb #ce892698
-def watched_better(state:TrainState, loss:float, cfg:TrainConfig)->bool:
-    "Note a watched loss; False when early stopping has run out of patience."
+def watch_loss(state:TrainState, loss:float, cfg:TrainConfig):
+    "Note whether a watched loss is the best so far."
     if loss<state.best-cfg.min_delta: state.best,state.bad_epochs = loss,0
     else: state.bad_epochs += 1
-    return not cfg.patience or state.bad_epochs<cfg.patience
 
 def end_epoch(state:TrainState, lr:float, images_per_s:float, valid:dict)->dict:
     "The epoch's row of the history; the state moves to the next epoch."
@@ -200,19 +199,19 @@ def fit(state:TrainState, cfg:TrainConfig, optim:OptimConfig, batches:Batches, l
     mark = time.perf_counter()
     def count_and_save():
         nonlocal mark
-        now = time.perf_counter()
-        state.wall_s,mark = state.wall_s+now-mark,now
+        state.wall_s,mark = state.wall_s+time.perf_counter()-mark,time.perf_counter()
         save()
     with StopRequest(cfg.max_minutes) as stop:
         while state.epoch<cfg.epochs:
-            start,done_before,valid = time.perf_counter(),state.batch*cfg.batch_size,{}
+            if cfg.patience and state.bad_epochs>=cfg.patience: return 'early stopping'
+            start = time.perf_counter()
+            done_before = min(state.batch*cfg.batch_size, len(batches.labels))
             finished = train_one_epoch(state, cfg, optim, batches, loss_fn, stop, count_and_save)
             if finished:
                 images_per_s = (len(batches.labels)-done_before)/(time.perf_counter()-start)
-                if evaluate: valid = evaluate(state.averaged())
+                valid = evaluate(state.averaged()) if evaluate else {}
                 log(end_epoch(state, lr_at(state.step-1,optim,len(batches),cfg.epochs), images_per_s, valid))
-            go_on = not valid or watched_better(state, valid['loss'], cfg)
+                if valid: watch_loss(state, valid['loss'], cfg)
             count_and_save()
-            if not go_on: return 'early stopping'
             if stop and state.epoch<cfg.epochs: return stop.reason
     return 'done'

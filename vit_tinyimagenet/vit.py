@@ -56,10 +56,12 @@ def check_vit(cfg:VitConfig):
     check_fields(cfg,
         *((f, getattr(cfg,f) in allowed, one_of(*allowed)) for f,allowed in VIT_CHOICES.items()),
         *((f, getattr(cfg,f)>=1, 'has to be at least 1') for f in counts),
+        ('mlp_ratio', cfg.mlp_ratio>0, 'has to be above 0'),
         *((f, 0<=getattr(cfg,f)<1, 'has to be in [0,1)') for f in rates))
     check_fields(cfg,   # these divide, so what they divide by has to be right already
         ('img_size', cfg.img_size%cfg.patch_size==0, f'has to be a multiple of patch_size={cfg.patch_size}'),
         ('embed_dim', D%cfg.num_heads==0, f'has to be a multiple of num_heads={cfg.num_heads}'),
+        ('pos_tokens', (cfg.pos_tokens or 1e9)>cfg.num_patches, f'has to be above {cfg.num_patches} patches'),
         ('embed_dim', D%4==0 or cfg.pos_embed!='sincos2d', "pos_embed='sincos2d' needs a multiple of 4"))
 
 # %% ../nbs/03_vit.ipynb #963fd45d
