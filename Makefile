@@ -10,7 +10,7 @@ endif
 ENV := .venv/.installed
 BIN := .venv/bin
 
-.PHONY: help demo test test-realdata test-cuda lab export readme stamp clean
+.PHONY: help demo test test-realdata test-cuda lab export execute readme stamp clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -41,6 +41,9 @@ lab: $(ENV) ## open JupyterLab on the notebooks
 
 export: $(ENV) ## write vit_tinyimagenet/ from the notebooks
 	@$(BIN)/nbdev_export
+
+execute: $(ENV) ## run notebooks and keep their outputs: NB='03_vit 04_optim', and FLAGS= for marked cells
+	@$(BIN)/python .ci/execute.py $(NB) --flags $(FLAGS)
 
 readme: $(ENV) ## write README.md and its figures from nbs/index.ipynb
 	@$(BIN)/python .ci/readme.py

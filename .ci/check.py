@@ -137,6 +137,17 @@ def readme_in_step():
     for o in differences(): yield f'{o}: not what nbs/index.ipynb says; run `make readme`'
 
 
+def readme_tells_results():
+    "Every row of README's table that bears a run's name says what that run's folder says now."
+    from vit_tinyimagenet.record import Run, markdown_table, results_table
+    rows = (ROOT/'README.md').read_text(encoding='utf-8').splitlines()
+    for run in (Run(o.parent) for o in (ROOT/'results').glob('*/summary.json')):
+        fresh = markdown_table(results_table([run])).splitlines()[-1]
+        for row in rows:
+            if row.startswith(f'| {run.name} |') and row != fresh:
+                yield f'README.md: {row!r}, but results/{run.name} says {fresh!r}; `make execute NB=index readme`'
+
+
 def badges_in_step(nbs):
     for nb in nbs:
         if stamped(nb) != nb.raw: yield f'{nb.name}: badge or Colab cell missing or out of date; run `make stamp`'
@@ -303,6 +314,7 @@ def check_files(nbs, flags, report):
     report('notebooks are clean', notebooks_clean(nbs))
     report('export is in step', export_in_step())
     report('README is in step', readme_in_step())
+    report('README tells the results', readme_tells_results())
 
 
 def summary(ran, skipped, n_notebooks):
