@@ -58,9 +58,10 @@ class Notebook:
 
     @property
     def number(self):
-        "The rank in the one-way order of imports: NN of NN_name, infinity for index, None for any other name."
-        if self.name == 'index.ipynb': return float('inf')
-        return int(self.name[:2]) if re.match(r'\d\d_\w+\.ipynb$', self.name) else None
+        "The rank in the one-way order of imports: '01' < '01a' < '02' < '~' for index; None for any other name."
+        if self.name == 'index.ipynb': return '~'
+        found = re.match(r'(\d\d[a-z]?)_\w+\.ipynb$', self.name)
+        return found[1] if found else None
 
     @property
     def default_exp(self): return next((o.directives['default_exp'][0] for o in self.code

@@ -169,7 +169,7 @@ def imports_point_down(nbs):
     number_of = {nb.default_exp: nb.number for nb in nbs if nb.default_exp and nb.number is not None}
     for nb, cell, module in ((nb, c, m) for nb in nbs for c in nb.code for m in imported(c)):
         if module not in number_of: yield at(nb, cell, f'imports {module}, which no notebook exports')
-        elif number_of[module] >= (nb.number if nb.number is not None else -1):
+        elif number_of[module] >= (nb.number or ''):
             yield at(nb, cell, f'imports {module}, which is not from a lower number; move the code or renumber')
 
 
@@ -208,7 +208,7 @@ def notebooks_open_and_close(nbs):
             yield f'{nb.name}, cell 1: open with a markdown cell of a title, `# ...`, and a promise, `> ...`'
         if nb.default_exp and not ('hide' in last.directives and 'nbdev_export()' in last.source):
             yield f'{nb.name}, cell {last.number}: close with `#| hide` and `import nbdev; nbdev.nbdev_export()`'
-        if nb.number is None: yield f'{nb.name}: neither NN_name.ipynb nor index.ipynb; rename it'
+        if nb.number is None: yield f'{nb.name}: neither NN_name.ipynb, NNa_name.ipynb nor index.ipynb; rename it'
 
 
 # --- what a user installs ---

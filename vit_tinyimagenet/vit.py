@@ -23,7 +23,7 @@ class VitConfig:
     "Shape and variant of a Vision Transformer; names as in timm."
     img_size: int = 64                 # pixels a side
     patch_size: int = 8                # pixels a side
-    num_classes: int = 200             # K
+    num_classes: int|None = 200        # K; None: as many as the data has, filled in before the model is built
     embed_dim: int = 192               # D
     depth: int = 9                     # blocks
     num_heads: int = 3                 # h; D/h wide each
@@ -51,11 +51,12 @@ VIT_CHOICES = dict(global_pool=('avg','token'), pos_embed=('sincos2d','learn','o
 
 def check_vit(cfg:VitConfig):
     "Raise `ValueError` for the first field that is out of range."
-    counts = ('img_size','patch_size','num_classes','embed_dim','depth','num_heads')
+    counts = ('img_size','patch_size','embed_dim','depth','num_heads')
     rates,D = ('drop_rate','head_drop_rate','drop_path_rate'),cfg.embed_dim
     check_fields(cfg,
         *((f, getattr(cfg,f) in allowed, one_of(*allowed)) for f,allowed in VIT_CHOICES.items()),
         *((f, getattr(cfg,f)>=1, 'has to be at least 1') for f in counts),
+        ('num_classes', cfg.num_classes is None or cfg.num_classes>=1, 'has to be at least 1, or None'),
         ('mlp_ratio', cfg.mlp_ratio>0, 'has to be above 0'),
         *((f, 0<=getattr(cfg,f)<1, 'has to be in [0,1)') for f in rates))
     check_fields(cfg,   # these divide, so what they divide by has to be right already
@@ -172,6 +173,7 @@ class VisionTransformer(nn.Module):
     "A Vision Transformer (https://arxiv.org/abs/2010.11929): (B,3,H,W) float, normalised -> (B,K) logits."
     def __init__(self, cfg:VitConfig):
         super().__init__()
+        check_fields(cfg, ('num_classes', cfg.num_classes is not None, 'has to be a number before a model is built'))
         self.cfg,D = cfg,cfg.embed_dim
         self.patch_embed = PatchEmbed(cfg)
         self.cls_token = nn.Parameter(torch.zeros(1,1,D)) if cfg.global_pool=='token' else None
