@@ -13,7 +13,8 @@ from cells import NBS, TST_FLAGS, Cell
 class FlaggedClient(NotebookClient):
     "Leaves out cells that carry a flag which was not asked for."
     def __init__(self, nb, flags):
-        super().__init__(nb, kernel_name='python3', timeout=3600, resources=dict(metadata=dict(path=str(NBS))))
+        super().__init__(nb, kernel_name='python3', timeout=3600, store_widget_state=False,
+                         resources=dict(metadata=dict(path=str(NBS))))
         self.skipped = {*TST_FLAGS} - {*flags}
 
     async def async_execute_cell(self, cell, cell_index, **kwargs):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Gallery', 'count_images', 'pixel_moments', 'pixel_digests', 'equal_pairs', 'pair_table', 'grey_values',
-           'low_frequencies', 'perceptual_hash', 'bit_count', 'close_pairs', 'detail_correlation', 'near_pairs',
-           'plot_pairs', 'Audit', 'audit']
+           'low_frequencies', 'perceptual_hash', 'bit_count', 'close_pairs', 'detail_correlation', 'hash_both_ways',
+           'near_pairs', 'plot_pairs', 'Audit', 'audit']
 
 # %% ../nbs/01a_audit.ipynb #be552ce8
 import hashlib, math
@@ -155,13 +155,22 @@ def detail_correlation(a:Tensor, # (m,3,H,W) uint8
     return F.cosine_similarity(detail(a), detail(b))
 
 # %% ../nbs/01a_audit.ipynb #cf74ea39
+def hash_both_ways(images:Gallery)->Tensor: # (2,n) int64
+    "Hashes of all images, and of all images mirrored."
+    # in place: small results kept between large temporaries would split the heap, which then grows by GiB
+    out,start = torch.empty(2, len(images), dtype=torch.int64), 0
+    for x in images.chunks():
+        for row,seen in zip(out, (x,x.flip(-1))): row[start:start+len(x)] = perceptual_hash(seen)
+        start += len(x)
+    return out
+
+# %% ../nbs/01a_audit.ipynb #63c62fd5
 def near_pairs(images:Gallery,
                known:Tensor,   # (q,2) int64, pairs to leave out
                radius:int=10   # bits
               )->pd.DataFrame: # `pair_table` with bits, mirrored, detail; the most alike first
     "Pairs with close hashes, the second image as it is or mirrored."
-    n = len(images)
-    hashes = torch.cat([perceptual_hash(x.flip(-1) if m else x) for m in (0,1) for x in images.chunks()])
+    hashes,n = hash_both_ways(images).flatten(), len(images)
     pairs = close_pairs(hashes, radius)
     bits,(a,b) = bit_count(hashes[pairs[:,0]]^hashes[pairs[:,1]]), pairs.T
     # both mirrored, or an image with itself mirrored, says nothing new

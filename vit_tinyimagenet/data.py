@@ -8,8 +8,6 @@ __all__ = ['GREY_MODES', 'PACK_FORMAT', 'to_rgb', 'open_image', 'to_square', 'de
 
 # %% ../nbs/01_data.ipynb #3ba36781
 import errno, hashlib, io, json, math, os, shutil, tempfile
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterator, NamedTuple
 
@@ -81,27 +79,25 @@ class Chunk(NamedTuple):
     bad: list[tuple[str,str]]  # file, and why it cannot be read
 
 def _decode_chunk(source, size:int, items:list[tuple[str,int]])->Chunk:
-    "Threads share the source: opening a zip reads all entries."
+    "Decode some files; those that cannot be read are noted."
     x,kept,n_grey,bad = np.empty((len(items),3,size,size), np.uint8),[],0,[]
+    sums,v = np.zeros((2,3)),np.empty((3,size*size))   # v is small and used again: fresh memory costs more than the sums
     for name,label in items:
-        try: x[len(kept)],grey = decode(source.read(name), size)
+        try: pixels,grey = decode(source.read(name), size)
         except (ValueError,OSError) as e: bad.append((name,str(e))); continue
+        x[len(kept)] = pixels
+        v[:] = x[len(kept)].reshape(3,-1)
+        sums += (v.sum(1), np.einsum('cp,cp->c',v,v))
         kept.append((name,label))
         n_grey += grey
-    x = x[:len(kept)]
-    sums = [(v.sum(), v@v) for v in (x[:,c].astype(np.float64).ravel() for c in range(3))]
-    return Chunk(x, [l for _,l in kept], [n for n,_ in kept], n_grey, np.array(sums).T, bad)
+    return Chunk(x[:len(kept)], [l for _,l in kept], [n for n,_ in kept], n_grey, sums, bad)
 
 # %% ../nbs/01_data.ipynb #26e16982
 def _decoded(source, size:int, items:list[tuple[str,int]], title:str)->Iterator[Chunk]:
-    "Chunks in order, decoded in threads, at most 25 MB each."
-    per_chunk = max(1, min(500, 25_000_000//(3*size*size)))
-    chunks = [items[i:i+per_chunk] for i in range(0,len(items),per_chunk)]
-    with ThreadPoolExecutor(n:=os.cpu_count() or 1) as pool:
-        ahead = deque(pool.submit(_decode_chunk, source, size, c) for c in chunks[:2*n])
-        for i in tqdm(range(len(chunks)), title, leave=False, disable=no_bar()):
-            yield ahead.popleft().result()
-            if i+2*n<len(chunks): ahead.append(pool.submit(_decode_chunk, source, size, chunks[i+2*n]))
+    "All of a split in chunks of at most 25 MB."
+    n = max(1, min(500, 25_000_000//(3*size*size)))
+    for i in tqdm(range(0,len(items),n), title, leave=False, disable=no_bar()):
+        yield _decode_chunk(source, size, items[i:i+n])
 
 # %% ../nbs/01_data.ipynb #24d940b6
 def _write_header(f, n:int, size:int):
