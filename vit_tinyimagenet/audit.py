@@ -198,7 +198,7 @@ def plot_pairs(images:Gallery,
         ax.imshow(torch.cat([left,gap,right],2).permute(1,2,0))
         lines = [f'{p.split_a}: {names[p.label_a]}', f'{p.split_b}: {names[p.label_b]}']
         if hasattr(p,'detail'): lines += [f'{p.bits} bits, detail {p.detail:.2f}'+', mirrored'*p.mirrored]
-        ax.set_title('\n'.join(lines), fontsize=8)
+        ax.set_title('\n'.join(lines), fontsize=8, parse_math=False)
     fig.tight_layout(); plt.close(fig)   # closed, or a notebook draws it a second time
     return fig
 

@@ -27,7 +27,7 @@ def show_images(x:Tensor|np.ndarray|list,   # (B,3,H,W) uint8 or float in 0..1, 
     fig.subplots_adjust(0, 0, 1, .9 if titles and nrows==1 else .96, wspace=.04, hspace=.2 if titles else .04)
     for ax in axs.flat: ax.axis('off')
     for ax,img in zip(axs.flat, x): ax.imshow(torch.as_tensor(img).cpu().permute(1,2,0).numpy())
-    for ax,title in zip(axs.flat, titles or ()): ax.set_title(title, fontsize=8, pad=2)
+    for ax,title in zip(axs.flat, titles or ()): ax.set_title(title, fontsize=8, pad=2, parse_math=False)
     plt.close(fig) # else a notebook draws it twice
     return fig
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'MAY_DIFFER', 'FINISHED', 'Recipe', 'demo', 'laptop', 'original_notebook', 'original_readme', 'own_images',
            'fine_tune', 'splits_of', 'clean_view', 'ordered', 'watcher', 'identity', 'resume', 'fit_to_data',
-           'new_state', 'train', 'fit_recipe', 'print_row', 'start_record', 'selection', 'finish_record']
+           'new_state', 'run_folder', 'train', 'fit_recipe', 'print_row', 'start_record', 'selection', 'finish_record']
 
 # %% ../nbs/09_recipes.ipynb #10e718ee
 import json
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .augment import AugmentConfig, augment, center_normalize
-from .checkpoint import load_checkpoint, save_checkpoint, save_release, start_from
+from .checkpoint import load_checkpoint, previous, save_checkpoint, save_release, start_from
 from .core import check_fields
 from .data import Batches, Pack, Split, minival_split, open_data
 from .metrics import predict_split
@@ -44,7 +44,8 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     def __post_init__(self):
         seen,has = self.augment.crop_size or self.img_size,self.vit.img_size
-        if seen!=has: raise ValueError(f'vit.img_size={has}: images have {seen} (augment.crop_size, or else img_size)')
+        if seen!=has:
+            raise ValueError(f'vit.img_size={has}: images have {seen} (augment.crop_size, else img_size)')
 
 # %% ../nbs/09_recipes.ipynb #2655b980
 def demo()->Recipe:
@@ -92,7 +93,7 @@ def fine_tune()->Recipe:
     return replace(base, name='fine_tune', init='laptop', optim=OptimConfig(lr=1e-3),
                    train=replace(base.train, epochs=20))
 
-RECIPES = {f.__name__:f for f in (demo,laptop,own_images,fine_tune,original_readme,original_notebook)}   # name -> function
+RECIPES = {f.__name__:f for f in (demo,laptop,own_images,fine_tune,original_readme,original_notebook)}
 
 # %% ../nbs/09_recipes.ipynb #ba895768
 def splits_of(recipe:Recipe,
@@ -101,7 +102,7 @@ def splits_of(recipe:Recipe,
     "The training images and the watched ones."
     if recipe.train.watch=='none': return data.train, None, 'train'
     if recipe.train.watch=='valid': return data.train, data.valid, 'train'
-    per_class = min(50, int(data.train.labels.bincount().min())//5)
+    per_class = max(1, min(50, int(data.train.labels.bincount().min())//5))
     fit_on,held = minival_split(data.train.labels, per_class)
     return data.train.take(fit_on), data.train.take(held), 'train less minival'
 
@@ -164,22 +165,32 @@ def fit_to_data(recipe:Recipe, data:Pack
     return recipe
 
 # %% ../nbs/09_recipes.ipynb #4670f288
-def new_state(recipe:Recipe, data:Pack)->TrainState:
+def new_state(recipe:Recipe, data:Pack, folder:Path)->TrainState:
     "Model, optimiser and EMA before the first step: weights drawn from the seed, or taken from `init`."
     torch.manual_seed(recipe.train.seed)
     model = VisionTransformer(recipe.vit)
-    if recipe.init: start_from(model, recipe.init, data.meta['wnids'])
+    begun = (folder/'checkpoint.pt').exists() or previous(folder/'checkpoint.pt').exists()
+    if recipe.init and not begun: start_from(model, recipe.init, data.meta['wnids'])
     return TrainState(model, recipe.optim, recipe.train)
 
+def run_folder(recipe:Recipe, out:str|Path)->Path:
+    "Where a run is kept; raises `ValueError` where it would lie among the images that it trains on."
+    folder,images = (Path(out)/recipe.name),Path(recipe.data)
+    if images.is_dir() and folder.resolve().is_relative_to(images.resolve()):
+        raise ValueError(f'--out {out} lies inside the images, {images}; choose another')
+    return folder
+
+# %% ../nbs/09_recipes.ipynb #cde3cc33
 def train(recipe:Recipe,
           out:str|Path='results',        # the run's folder is made inside
           log:Callable|None=None,        # called with each epoch's row; a printed line when None
           home:Path|None=None            # where packed data is kept
          )->Run|None:                    # None when it was stopped before the end: call again to go on
     "Carry out a recipe, or go on with it, and write its folder."
-    data,folder = open_data(recipe.data, home, recipe.img_size, recipe.skip_bad),Path(out)/recipe.name
+    folder = run_folder(recipe, out)
+    data = open_data(recipe.data, home, recipe.img_size, recipe.skip_bad)
     recipe = fit_to_data(recipe, data)
-    state = new_state(recipe, data)
+    state = new_state(recipe, data, folder)
     sittings = resume(state, recipe, data, folder)
     if (folder/'summary.json').exists(): return Run(folder)
     sittings.append(provenance(state.device))   # now, since the checkout may move on meanwhile
@@ -212,7 +223,8 @@ def print_row(row:dict):
 # %% ../nbs/09_recipes.ipynb #a70a5722
 def start_record(folder:Path, recipe:Recipe, data:Pack, train_on:Split, sittings:list[dict]):
     "Write `config.json`, and a grid of what the model is shown."
-    named = asdict(replace(recipe, data=data.meta['source']))   # where it lies is this machine's business
+    init = recipe.init and Path(recipe.init).name
+    named = asdict(replace(recipe, data=data.meta['source'], init=init))   # where they lie is of no matter
     write_json(folder/'config.json', dict(recipe=named, sittings=sittings))
     fig = show_batch(train_on, data.meta, recipe.augment, seed=recipe.train.seed)
     fig.savefig(folder/'samples.png', dpi=80)

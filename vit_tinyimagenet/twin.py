@@ -108,6 +108,7 @@ def _odd_image(pixels:np.ndarray, kind:str)->tuple[str,bytes]:
     if kind=='animated': kw = dict(save_all=True, append_images=[Image.new('RGB',img.size)])
     mode = dict(cmyk='CMYK', grey='L', palette='P', alpha='RGBA', bilevel='1').get(kind)
     if mode: img = img.convert(mode)
+    if kind=='alpha': img.putalpha(Image.new('L', img.size, 230))   # a little of the page shows through
     suffix,format = _ODD[kind]
     img.save(out, format, **kw)
     return suffix,out.getvalue()
@@ -122,7 +123,7 @@ def make_photos(folder:Path,        # made; a folder a class inside
                 per_class:int=20,   # images a class, of every kind in turn
                 seed:int=0
                )->Path:             # `folder`
-    "Draw a folder of class folders with images of many sizes, modes and formats, and a file manager's litter."
+    "Draw class folders with images of many sizes, modes and formats, and a file manager's litter."
     rng,kinds = np.random.default_rng(seed),list(_ODD)
     for name in classes:
         (Path(folder)/name).mkdir(parents=True, exist_ok=True)

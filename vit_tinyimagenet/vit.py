@@ -173,7 +173,7 @@ class VisionTransformer(nn.Module):
     "A Vision Transformer (https://arxiv.org/abs/2010.11929): (B,3,H,W) float, normalised -> (B,K) logits."
     def __init__(self, cfg:VitConfig):
         super().__init__()
-        check_fields(cfg, ('num_classes', cfg.num_classes is not None, 'has to be a number before a model is built'))
+        check_fields(cfg, ('num_classes', cfg.num_classes is not None, 'has to be a number to build a model'))
         self.cfg,D = cfg,cfg.embed_dim
         self.patch_embed = PatchEmbed(cfg)
         self.cls_token = nn.Parameter(torch.zeros(1,1,D)) if cfg.global_pool=='token' else None
