@@ -13,7 +13,7 @@ from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -51,9 +51,11 @@ def open_image(data:bytes,       # an image file
             grey = img.mode[0] in '1I' or img.mode in ('L','LA','La')
             turned = turned and img.getexif().get(0x0112,1)!=1
             return to_rgb(ImageOps.exif_transpose(img) if turned else img), grey
-    except Exception as e:   # of a bad file Pillow raises a dozen kinds
-        what = f'{len(data):,} bytes that cannot be read as an image: {e}' if data else 'an empty file'
+    except UnidentifiedImageError as e:
+        what = f'{len(data):,} bytes in no format that Pillow knows' if data else 'an empty file'
         raise ValueError(what) from e
+    except Exception as e:   # of a bad file Pillow raises a dozen kinds
+        raise ValueError(f'{len(data):,} bytes that cannot be read as an image: {e}') from e
 
 # %% ../nbs/01_data.ipynb #486e25bc
 def to_square(img:Image.Image, # RGB

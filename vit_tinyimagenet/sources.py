@@ -172,7 +172,7 @@ def _leads_back(link:str, root:str)->bool:
 class FolderSource:
     "The files of a folder, links followed; raises `OSError` for a folder that cannot be looked into."
     def __init__(self, path:Path):
-        self.path,files,folders,root = Path(path),[],[],str(path)
+        self.path,files,folders,root = Path(path),[],[],str(Path(path))
         def stop(error): raise error
         for here,inside,names in os.walk(root, followlinks=True, onerror=stop):
             paths = [os.path.join(here,d) for d in inside]
