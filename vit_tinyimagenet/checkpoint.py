@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .augment import AugmentConfig, center_normalize
 from .data import open_image, to_rgb, to_square
-from .vit import VisionTransformer, VitConfig
+from .vit import VisionTransformer, VitConfig, resize_positions
 
 # %% ../nbs/06_checkpoint.ipynb #d9e33b38
 def save_checkpoint(state:dict, # tensors, numbers, strings, lists and dicts of them
@@ -138,7 +138,7 @@ def predict(image:AnyImage,
 
 # %% ../nbs/06_checkpoint.ipynb #9d2d35eb
 # what a network with the same weights may have otherwise
-FREE_FIELDS = {'num_classes','drop_rate','head_drop_rate','drop_path_rate','weight_init'}
+FREE_FIELDS = {'num_classes','img_size','drop_rate','head_drop_rate','drop_path_rate','weight_init'}
 
 def start_from(model:VisionTransformer, # changed in place
                name:str,                # as `load_pretrained` takes it
@@ -151,4 +151,8 @@ def start_from(model:VisionTransformer, # changed in place
     if other: raise ValueError(f"init='{name}' is another network: {', '.join(other)}")
     same_classes = source.meta['wnids']==wnids
     weights = {n:t for n,t in source.state_dict().items() if same_classes or not n.startswith('head.')}
+    pos,own = weights.get('pos_embed'),model.pos_embed
+    if pos is not None and pos.shape!=own.shape:   # for another image size; fixed ones are computed
+        grid_size,n_cls = model.cfg.img_size//model.cfg.patch_size,int(model.cls_token is not None)
+        weights['pos_embed'] = resize_positions(pos, grid_size, n_cls)
     model.load_state_dict(weights, strict=same_classes)

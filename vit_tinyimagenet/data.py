@@ -234,7 +234,7 @@ class Split(NamedTuple):
 # %% ../nbs/01_data.ipynb #63d2352f
 def _load(folder:Path, name:str, shape:tuple[int,...], dtype)->np.ndarray:
     "One array of a pack, memory-mapped; raises `ValueError` unless it is whole."
-    path,broken = folder/name,'damaged or cut off; pack again'
+    path,broken = folder/name,f'damaged or cut off; delete {folder}, and pack again'
     try: x = np.load(path, mmap_mode='c')   # 'c' never writes to the file, and spares torch's warning
     except (OSError,ValueError,EOFError) as e: raise ValueError(f'{path}: {broken} ({e})') from e
     if (x.shape,x.dtype)!=(shape,dtype): raise ValueError(f'{path}: {x.dtype} {x.shape}; {broken}')
@@ -246,10 +246,11 @@ def _load_split(folder:Path, name:str, meta:dict)->Split:
     n,size = meta['n'][name],meta['img_size']
     x = _load(folder, f'{name}_images.npy', (n,3,size,size), np.uint8)
     y = np.array(_load(folder, f'{name}_labels.npy', (n,), np.int64))
+    fix = f'delete {folder}, and pack again'
     try: files = json.loads((folder/f'{name}_files.json').read_text())
-    except (OSError,ValueError) as e: raise ValueError(f'{folder}/{name}_files.json: {e}; pack again') from e
+    except (OSError,ValueError) as e: raise ValueError(f'{folder}/{name}_files.json: {e}; {fix}') from e
     if len(files)!=n or not 0<=y.min()<=y.max()<len(meta['wnids']):
-        raise ValueError(f'{folder}: {name} labels or files do not fit its meta.json; pack again')
+        raise ValueError(f'{folder}: {name} labels or files do not fit its meta.json; {fix}')
     return Split(torch.from_numpy(x), torch.from_numpy(y), files)
 
 # %% ../nbs/01_data.ipynb #600a01a3

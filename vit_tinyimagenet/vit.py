@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIT_CHOICES', 'ACTIVATIONS', 'VitConfig', 'check_vit', 'patchify', 'PatchEmbed', 'take_tokens', 'sincos2d',
-           'Attention', 'Mlp', 'DropPath', 'Block', 'VisionTransformer', 'position_table', 'add_positions',
-           'zero_residual', 'torch_clones']
+           'Attention', 'Mlp', 'DropPath', 'LayerScale', 'Block', 'VisionTransformer', 'position_table',
+           'add_positions', 'zero_residual', 'torch_clones', 'from_timm', 'resize_positions']
 
 # %% ../nbs/03_vit.ipynb #b93e0ec8
 import math
@@ -36,14 +36,14 @@ class VitConfig:
     norm_first: bool = True            # pre-norm blocks; False for post-norm, as in 2017
     act_layer: str = 'gelu_tanh'       # of the MLP
     norm_eps: float = 1e-6             # of LayerNorm
+    init_values: float|None = None     # LayerScale's start, such as 1e-5; None for no LayerScale
     drop_rate: float = 0.              # dropout in attention, after it, and in the MLP
     head_drop_rate: float = 0.         # dropout on the logits, which only the original has
     drop_path_rate: float = 0.         # stochastic depth of the last block, growing linearly
     weight_init: str = 'zero_residual' # or 'torch_clones': torch's defaults, all blocks starting equal
 
     def __post_init__(self): check_vit(self)
-    @property
-    def num_patches(self)->int: return (self.img_size//self.patch_size)**2 # N, without CLS
+    num_patches = property(lambda self: (self.img_size//self.patch_size)**2) # N, without CLS
 
 # %% ../nbs/03_vit.ipynb #277042a4
 VIT_CHOICES = dict(global_pool=('avg','token'), pos_embed=('sincos2d','learn','ones'),
@@ -154,6 +154,13 @@ class DropPath(nn.Module):
         return x*stay/(1-self.rate)
 
 # %% ../nbs/03_vit.ipynb #c917d247
+class LayerScale(nn.Module):
+    "A learned factor for each channel of a branch (https://arxiv.org/abs/2103.17239)."
+    def __init__(self, dim:int, init_values:float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+    def forward(self, x:Tensor)->Tensor: return x*self.gamma # (B,N,D) -> (B,N,D)
+
 class Block(nn.Module):
     "Attention and MLP, each with a residual connection and a LayerNorm."
     def __init__(self, cfg:VitConfig, drop_path:float=0.):
@@ -161,11 +168,13 @@ class Block(nn.Module):
         self.norm_first = cfg.norm_first
         self.norm1,self.attn = nn.LayerNorm(cfg.embed_dim,eps=cfg.norm_eps),Attention(cfg)
         self.norm2,self.mlp = nn.LayerNorm(cfg.embed_dim,eps=cfg.norm_eps),Mlp(cfg)
-        self.drop_path = DropPath(drop_path)
+        plain = cfg.init_values is None
+        scales = [nn.Identity() if plain else LayerScale(cfg.embed_dim,cfg.init_values) for _ in range(2)]
+        (self.ls1,self.ls2),self.drop_path = scales,DropPath(drop_path)
     def forward(self, x:Tensor)->Tensor: # (B,N,D) -> (B,N,D)
-        for norm,branch in ((self.norm1,self.attn),(self.norm2,self.mlp)):
-            if self.norm_first: x = x + self.drop_path(branch(norm(x)))
-            else: x = norm(x + self.drop_path(branch(x)))
+        for norm,branch,ls in ((self.norm1,self.attn,self.ls1),(self.norm2,self.mlp,self.ls2)):
+            if self.norm_first: x = x + self.drop_path(ls(branch(norm(x))))
+            else: x = norm(x + self.drop_path(ls(branch(x))))
         return x
 
 # %% ../nbs/03_vit.ipynb #b26b4b83
@@ -231,3 +240,21 @@ def torch_clones(model:VisionTransformer):
     for bias in (first.attn.qkv.bias, first.attn.proj.bias):
         if bias is not None: nn.init.zeros_(bias)
     for block in model.blocks[1:]: block.load_state_dict(first.state_dict())
+
+# %% ../nbs/03_vit.ipynb #8e0f8766
+def from_timm(weights:dict[str,Tensor] # a state dict of timm's VisionTransformer, without `fc_norm`
+             )->dict[str,Tensor]:      # of ours, with patch_norm=False
+    "timm's weights under our names and shapes."
+    return {n:w.flatten(1) if n=='patch_embed.proj.weight' else w for n,w in weights.items()}
+
+# %% ../nbs/03_vit.ipynb #bf976432
+def resize_positions(pos:Tensor,    # (1,N,D), or (1,N+1,D) with CLS first
+                     grid_size:int, # patches a side, of the new model
+                     n_cls:int      # 1 with CLS, else 0
+                    )->Tensor:      # as `pos`, for grid_size**2 patches
+    "Interpolate a learned position table (bicubic, antialiased)."
+    cls,grid = pos[:,:n_cls],pos[:,n_cls:]
+    side = math.isqrt(grid.shape[1])
+    grid = grid.transpose(1,2).unflatten(2, (side,side))
+    grid = F.interpolate(grid, size=(grid_size,grid_size), mode='bicubic', antialias=True)
+    return torch.cat([cls, grid.flatten(2).transpose(1,2)], 1)
