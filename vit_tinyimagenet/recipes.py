@@ -15,7 +15,6 @@ from typing import Callable, Iterator
 
 import matplotlib.pyplot as plt
 import torch
-from torch import nn
 
 from .augment import AugmentConfig, augment, center_normalize
 from .checkpoint import load_checkpoint, previous, save_checkpoint, save_release, start_from
