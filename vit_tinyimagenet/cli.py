@@ -46,8 +46,9 @@ def train_main(argv:list[str]|None=None):
     "The command `vit_train`: exit code 0 when the run is finished, 3 when it was stopped and can go on."
     args = parse(sys.argv[1:] if argv is None else argv)
     try: run = train(args.recipe, args.out)
-    except (ValueError,OSError,RuntimeError) as e: sys.exit(f'vit_train: {e}')
-    if run is None: sys.exit(3)
+    except KeyboardInterrupt: sys.exit('vit_train: interrupted; run again to go on from the last checkpoint')
+    except (ValueError,OSError,RuntimeError,MemoryError,FloatingPointError) as e: sys.exit(f'vit_train: {e}')
+    if not run.finished: sys.exit(3)
     print(results_table([run]).to_string(index=False))
     print(f'curves, samples, predictions and weights: {run.folder}/')
     top1 = run.summary['valid_top1']

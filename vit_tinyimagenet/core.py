@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'pick_device', 'has_native_bf16', 'pick_precision', 'autocast', 'mix64', 'Draws', 'shuffled',
-           'seed_step', 'check_fields', 'one_of', 'data_home', 'no_bar']
+           'seed_step', 'check_fields', 'one_of', 'data_home', 'in_notebook', 'no_bar']
 
 # %% ../nbs/00_core.ipynb #a063dcde
 import contextlib, os, sys, zlib
@@ -124,6 +124,10 @@ def data_home()->Path:
     return Path(os.environ.get('VIT_TINYIMAGENET_HOME', Path.home()/'.cache'/'vit_tinyimagenet'))
 
 # %% ../nbs/00_core.ipynb #1dfba8a0
+def in_notebook()->bool:
+    "Whether a Jupyter kernel runs this, so that what is displayed is seen."
+    return 'ipykernel' in sys.modules
+
 def no_bar()->bool:
-    "Whether to leave progress bars out: neither a terminal nor a Jupyter kernel is watching."
-    return not (sys.stderr.isatty() or 'ipykernel' in sys.modules)
+    "Whether to leave progress bars out: neither a terminal nor a notebook is watching."
+    return not (sys.stderr.isatty() or in_notebook())

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['write_text', 'write_json', 'write_log', 'provenance', 'hardware', 'predictions_frame', 'recompute', 'Run',
-           'results_table', 'markdown_table', 'plot_curves', 'plot_final']
+           'results_table', 'markdown_table', 'plot_curves', 'plot_final', 'plot_progress', 'LiveCurve']
 
 # %% ../nbs/08_record.ipynb #5da519d2
-import json, os, platform, shutil, subprocess
+import json, os, platform, shutil, subprocess, time
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -30,8 +30,8 @@ def write_text(path:Path, text:str):
 def write_json(path:Path, data:dict): write_text(path, json.dumps(data, indent=1, default=str)+'\n')
 
 def write_log(folder:Path, history:list[dict]):
-    "Rewrite `log.csv`: a row an epoch."
-    write_text(Path(folder)/'log.csv', pd.DataFrame(history).to_csv(index=False))
+    "Rewrite `log.csv`: a row an epoch; before the first one has ended there is none."
+    if history: write_text(Path(folder)/'log.csv', pd.DataFrame(history).to_csv(index=False))
 
 # %% ../nbs/08_record.ipynb #acb5351e
 def _git(*args:str)->str|None:
@@ -82,13 +82,20 @@ class Run:
         if not self.folder.is_dir(): raise FileNotFoundError(f'{folder}: no such run folder')
     def _json(self, name:str)->dict: return json.loads((self.folder/name).read_text())
     @property
+    def finished(self)->bool: # the summary is written last
+        return (self.folder/'summary.json').exists()
+    @property
     def config(self)->dict: return self._json('config.json')
     @property
     def summary(self)->dict: return self._json('summary.json')
     @property
-    def log(self)->pd.DataFrame: return pd.read_csv(self.folder/'log.csv')
+    def log(self)->pd.DataFrame: # the history, a row an epoch; empty before the first one has ended
+        path = self.folder/'log.csv'
+        return pd.read_csv(path) if path.exists() else pd.DataFrame()
     @property
     def predictions(self)->pd.DataFrame: return pd.read_csv(self.folder/'valid_predictions.csv')
+    def __repr__(self)->str:
+        return f"Run({str(self.folder)!r}): {'finished' if self.finished else 'not finished'}, {len(self.log)} epochs"
 
 # %% ../nbs/08_record.ipynb #5d89867f
 def results_table(runs:list[Run])->pd.DataFrame: # one row a run, formatted for people
@@ -137,3 +144,42 @@ def plot_final(logs:dict[str,pd.DataFrame], # name -> log with `epoch` and `vali
     ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=8)
     fig.tight_layout()
     return fig
+
+# %% ../nbs/08_record.ipynb #25cd2da1
+def plot_progress(trace:pd.DataFrame,   # step, train_loss; from time to time
+                  history:pd.DataFrame, # rows of `fit`'s history, possibly none
+                  total_steps:int       # of the run
+                 )->plt.Figure:
+    "Loss on the left, accuracy on the right, against steps."
+    fig,axes = plt.subplots(1,2,figsize=(9,2.8))
+    if len(trace): axes[0].plot(trace.step, trace.train_loss, color='C0', lw=1, label='train')
+    for ax,what,scale in zip(axes, ('loss','top1'), (1,100)):
+        for i,part in enumerate(('train','valid')):
+            if f'{part}_{what}' not in history or (part,what)==('train','loss') and len(trace): continue
+            ax.plot(history.step, history[f'{part}_{what}']*scale, 'o-', ms=3, color=f'C{i}', label=part)
+        ax.set(xlim=(0,total_steps), xlabel='optimiser step')
+        ax.grid(alpha=.3)
+        if ax.lines: ax.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel('cross-entropy (nats)'); axes[1].set_ylabel('top-1 accuracy (%)')
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/08_record.ipynb #ad618868
+class LiveCurve:
+    "Call it with the state of a run now and then: a figure below the cell follows the run."
+    def __init__(self, every_s:float=5.): # between redrawings
+        self.every_s,self.drawn,self.handle,self.rows,self.seen = every_s,-every_s,None,[],(0,0.,0)
+    def __call__(self, state):
+        if time.monotonic()-self.drawn<self.every_s and state.step<state.total_steps: return
+        epoch,total,count = state.epoch,float(state.loss.total),state.loss.count
+        since = (total-self.seen[1],count-self.seen[2]) if epoch==self.seen[0] else (total,count)
+        if since[1]: self.rows.append(dict(step=state.step, train_loss=since[0]/since[1]))
+        self.seen = epoch,total,count
+        self.show(plot_progress(pd.DataFrame(self.rows), pd.DataFrame(state.history), state.total_steps))
+        self.drawn = time.monotonic()
+    def show(self, fig:plt.Figure):
+        "Put the figure into the place of the last one."
+        from IPython.display import display   # only a notebook has it
+        if self.handle: self.handle.update(fig)
+        else: self.handle = display(fig, display_id=True)
+        plt.close(fig)
