@@ -10,7 +10,12 @@ endif
 ENV := .venv/.installed
 BIN := .venv/bin
 
-.PHONY: help demo test test-realdata test-cuda lab export execute readme stamp clean
+# what `make torture` kills, how often, and with which options of vit_train
+RECIPE ?= demo
+KILLS ?= 2
+OPTIONS ?=
+
+.PHONY: help demo test test-realdata test-cuda torture lab export execute readme stamp clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,6 +40,9 @@ test-realdata: $(ENV) ## the cells on the real archive: TINY_IMAGENET=path/to/ti
 
 test-cuda: $(ENV) ## the cells that need a GPU
 	@$(BIN)/python .ci/check.py --flags cuda
+
+torture: $(ENV) ## kill a run, go on with it, compare with one left alone: RECIPE=demo KILLS=2 OPTIONS='--train.epochs 9'
+	@$(BIN)/python .ci/torture.py $(RECIPE) --kills $(KILLS) -- $(OPTIONS)
 
 lab: $(ENV) ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs

@@ -21,7 +21,8 @@ def lr_finder(state:TrainState, batches:Batches, loss_fn:Callable,
               steps:int=100
              )->pd.DataFrame:                # lr, loss, smooth (a running average of the loss); a row a step
     "Loss against learning rate; raises `ValueError` for a range that does not rise."
-    if not 0<low<high or steps<2: raise ValueError(f'low={low}, high={high}, steps={steps}: has to rise from above 0')
+    if not 0<low<high or steps<2:
+        raise ValueError(f'low={low}, high={high}, steps={steps}: the rate has to rise from above 0')
     before,rows,average = copy.deepcopy(state.state_dict()),[],0.
     endless = (b for e in itertools.count() for b in batches.epoch(e))
     state.model.train()

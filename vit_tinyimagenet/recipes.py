@@ -152,8 +152,8 @@ def resume(state:TrainState, recipe:Recipe, data:Pack,
         if not (folder/'summary.json').exists(): return []
         raise ValueError(f'{folder} holds a finished run without its checkpoint; choose another --out')
     if saved.get('format')!=FORMAT:
-        raise ValueError(f'{folder}/checkpoint.pt has format {saved.get("format")}, this version writes {FORMAT}; '
-                         'go on with the version that made it, or choose another --out')
+        raise ValueError(f'{folder}/checkpoint.pt has format {saved.get("format")}, this version writes '
+                         f'{FORMAT}; go on with the version that made it, or choose another --out')
     other = '; '.join(_differences(saved['identity'], identity(recipe,data)))
     if other: raise ValueError(f'{folder} is of another run; choose another --out, or delete it: {other}')
     state.load_state_dict(saved['state'])
@@ -208,7 +208,7 @@ def seconds_to_evaluate(recipe:Recipe, data:Pack, state:TrainState)->float:
 # %% ../nbs/09_recipes.ipynb #132efa4a
 def train(recipe:Recipe,
           out:str|Path='results',        # the run's folder is made inside
-          log:Callable|None=None,        # called with each epoch's row; when None, a line or, in a notebook, a curve
+          log:Callable|None=None,        # called with each epoch's row; None: a line, or a curve in a notebook
           home:Path|None=None            # where packed data is kept
          )->Run:                         # when it was stopped, not `finished`: call again to go on
     "Carry out a recipe, or go on with it, and write its folder."

@@ -274,6 +274,7 @@ def begin(state:TrainState, batches:Batches, loss_fn:Callable, evaluate:Callable
             judge_first_loss(loss_fn(state.model, next(batches.epoch()), 0.)[0].item(), num_classes)
     state.total_steps = plan_steps(state, batches, loss_fn, evaluate, save, reserve_s)
 
+# %% ../nbs/07_train.ipynb #9a83faf8
 def fit(state:TrainState, batches:Batches, loss_fn:Callable,
         evaluate:Callable|None=None,    # model -> dict(top1, top5, loss) of what is watched
         save:Callable=lambda: None,     # writes a checkpoint of the state
