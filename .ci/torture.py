@@ -43,14 +43,15 @@ def tortured(command, log, kills, wall_s, seed):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog='options of vit_train come after --')
     p.add_argument('recipe')
     p.add_argument('--kills', type=int, default=2)
     p.add_argument('--seed', type=int, default=0, help='of the moments')
     p.add_argument('--work', type=Path, default=ROOT/'runs'/'torture', help='where both runs are kept')
-    p.add_argument('options', nargs='*', help='of vit_train, after --')
-    args = p.parse_args()
-    cli = [sys.executable, '-m', 'vit_tinyimagenet.cli', args.recipe, *args.options, '--out']
+    own, options = sys.argv[1:], []
+    if '--' in own: own, options = own[:own.index('--')], own[own.index('--')+1:]
+    args = p.parse_args(own)
+    cli = [sys.executable, '-m', 'vit_tinyimagenet.cli', args.recipe, *options, '--out']
     alone, killed = args.work/'alone', args.work/'killed'
     log = args.work/'killed.log'
     if killed.exists(): sys.exit(f'{killed} exists: remove {args.work} to begin anew')
@@ -64,7 +65,7 @@ def main():
     differ = run_differences(alone/args.recipe, killed/args.recipe)
     gone_on = [int(o) for o in re.findall(r'after step (\d+)', log.read_text(encoding='utf-8'))]
     summary = Run(killed/args.recipe).summary
-    report = dict(recipe=args.recipe, options=[o for o in args.options if '/' not in o], steps=summary['steps'],
+    report = dict(recipe=args.recipe, options=[o for o in options if '/' not in o], steps=summary['steps'],
                   killed_after_s=fell, gone_on_after_step=gone_on, wall_s_alone=wall_s, differences=differ,
                   valid_top1=summary['valid_top1'], data_sha256=summary['data_sha256'], **here)
     write_json(ROOT/'results'/'trust'/f'{args.recipe}.json', report)
