@@ -22,12 +22,13 @@ from .augment import AugmentConfig, augment, center_normalize
 from .checkpoint import load_checkpoint, previous, save_checkpoint, save_release, start_from
 from .core import check_fields, in_notebook
 from .data import Batches, Pack, Split, minival_split, open_data
+from .loop import fit
 from .lr_finder import lr_finder, plot_lr, suggest_lr
 from .metrics import predict_split
 from .optim import OptimConfig
 from .record import (LiveCurve, Run, plot_curves, predictions_frame, provenance, write_json,
                                      write_log, write_text)
-from .train import TrainConfig, TrainState, fit, supervised_loss
+from .train import TrainConfig, TrainState, supervised_loss
 from .views import show_batch
 from .vit import VisionTransformer, VitConfig
 
@@ -160,8 +161,8 @@ def resume(state:TrainState, recipe:Recipe, data:Pack,
     print(f'going on with {folder} after step {state.step}')
     before = saved['sittings'][-1]['precision']
     if before!=state.precision:
-        warnings.warn(f'{folder} was computed in {before} so far, and goes on in {state.precision} on this device: '
-                      'not to the bit the run that it would have been')
+        warnings.warn(f'{folder} was computed in {before} so far, and goes on in {state.precision} on this '
+                      'device: not to the bit the run that it would have been')
     return saved['sittings']
 
 # %% ../nbs/09_recipes.ipynb #18a151de
@@ -208,7 +209,7 @@ def seconds_to_evaluate(recipe:Recipe, data:Pack, state:TrainState)->float:
 # %% ../nbs/09_recipes.ipynb #132efa4a
 def train(recipe:Recipe,
           out:str|Path='results',        # the run's folder is made inside
-          log:Callable|None=None,        # called with each epoch's row; None: a line, or a curve in a notebook
+          log:Callable|None=None,        # called with each epoch's row; None: print, or a live curve
           home:Path|None=None            # where packed data is kept
          )->Run:                         # when it was stopped, not `finished`: call again to go on
     "Carry out a recipe, or go on with it, and write its folder."

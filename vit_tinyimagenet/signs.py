@@ -18,8 +18,8 @@ def judge_first_loss(loss:float,     # cross-entropy before the first step, in n
     "Warn where an untrained classifier is much worse than one that bets on all classes alike."
     even = math.log(num_classes)
     if loss>1.2*even+.1:
-        warnings.warn(f'loss is {loss:.2f} before the first step, log({num_classes}) = {even:.2f} would be an even '
-                      'bet: is the head initialised too wide, or the input not normalised?', stacklevel=2)
+        warnings.warn(f'loss is {loss:.2f} before the first step, log({num_classes}) = {even:.2f} would be '
+                      'an even bet: is the head initialised too wide, or the input not normalised?', stacklevel=2)
 
 # %% ../nbs/06a_signs.ipynb #0caf8e92
 def judge_accuracies(train_top1:float, # fraction
@@ -31,8 +31,9 @@ def judge_accuracies(train_top1:float, # fraction
     gained,shown = train_top1-chance,valid_top1-chance
     odd = gained>.1 and shown<.1*gained
     if odd:
-        warnings.warn(f'validation top-1 is {valid_top1:.1%} at {train_top1:.1%} in training (chance is {chance:.1%}): '
-                      'labels or class order? With very few images it may be over-fitting.', stacklevel=2)
+        warnings.warn(f'validation top-1 is {valid_top1:.1%} at {train_top1:.1%} in training (chance is '
+                      f'{chance:.1%}): labels or class order? With very few images it may be over-fitting.',
+                      stacklevel=2)
     return odd
 
 # %% ../nbs/06a_signs.ipynb #abe2dbab
@@ -53,8 +54,8 @@ def refuse_nonfinite(losses:list[Tensor], # 0-d, of the latest steps
     if bad is None: return
     raise FloatingPointError(
         f'loss is {values[bad]} at step {step-len(values)+bad+1}, lr {lr:.3g}, gradient norm '
-        f'{gradient_norm(model,scale):.3g} (last known): lower optim.lr, lengthen optim.warmup_epochs, or try '
-        "precision='fp32'; the last checkpoint is from before")
+        f'{gradient_norm(model,scale):.3g} (last known): lower optim.lr, lengthen optim.warmup_epochs, or '
+        "try precision='fp32'; the last checkpoint is from before")
 
 # %% ../nbs/06a_signs.ipynb #ceb5bead
 @contextlib.contextmanager
@@ -66,5 +67,5 @@ def explain_out_of_memory(batch_size:int):
         if not isinstance(e,MemoryError) and not any(s in str(e) for s in signs): raise
         half = max(1, batch_size//2)
         said = str(e).strip().splitlines()[0] if str(e) else 'no more'
-        raise MemoryError(f'out of memory at batch_size={batch_size}: try {half} (another run, in another folder), '
-                          f'or a smaller model. The allocator says: {said}') from e
+        raise MemoryError(f'out of memory at batch_size={batch_size}: try {half} (another run, in another '
+                          f'folder), or a smaller model. The allocator says: {said}') from e
