@@ -138,8 +138,8 @@ def end_epoch(state:TrainState, images_per_s:float, valid:dict)->dict:
     return row
 
 def end_of(state:TrainState)->str: # 'done', 'early stopping', or '' when there is more to do
-    "Whether a run has come to its own end."
-    if state.step>=state.total_steps: return 'done'
+    "Whether a run has come to its own end; a last epoch that was not yet evaluated is still to do."
+    if state.step>=state.total_steps and not state.batch: return 'done'
     return 'early stopping' if 0<state.cfg.patience<=state.bad_epochs else ''
 
 # %% ../nbs/07b_loop.ipynb #9b3ec543

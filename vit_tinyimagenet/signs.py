@@ -19,7 +19,8 @@ def judge_first_loss(loss:float,     # cross-entropy before the first step, in n
     even = math.log(num_classes)
     if loss>1.2*even+.1:
         warnings.warn(f'loss is {loss:.2f} before the first step, log({num_classes}) = {even:.2f} would be '
-                      'an even bet: is the head initialised too wide, or the input not normalised?', stacklevel=2)
+                      'an even bet: is the head initialised too wide, or the input not normalised?',
+                      stacklevel=2)
 
 # %% ../nbs/06a_signs.ipynb #0caf8e92
 def judge_accuracies(train_top1:float, # fraction
