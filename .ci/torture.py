@@ -14,32 +14,48 @@ from pathlib import Path
 import torch
 
 from cells import ROOT
+from vit_tinyimagenet.checkpoint import load_checkpoint
 from vit_tinyimagenet.record import Run, provenance, run_differences, write_json
 
 
-def sitting(command, log, seconds=None):
-    "One process of the run, killed after `seconds`; whether it ended by itself."
+def sitting(command, log, is_time=lambda: False):
+    "One process of the run, killed when it is time; whether it ended by itself."
     with open(log, 'a', encoding='utf-8') as f:
         p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT)
-        try: code = p.wait(seconds)
-        except subprocess.TimeoutExpired:
-            p.kill()
-            p.wait()
-            return False
-    if code: sys.exit(f'torture: exit code {code}; see {log}')
+        while p.poll() is None:
+            if is_time():
+                p.kill()
+                p.wait()
+                return False
+            time.sleep(.5)
+    if p.returncode: sys.exit(f'torture: exit code {p.returncode}; see {log}')
     return True
 
 
-def tortured(command, log, kills, wall_s, seed):
-    "Run to the end with `kills` kills on the way, at moments drawn from `seed`; the seconds after which they fell."
-    draw, fell = random.Random(seed), []
-    while len(fell) < kills:
-        seconds = wall_s/(kills + 1)*draw.uniform(.5, 1)
-        if sitting(command, log, seconds): sys.exit(f'torture: ended after {len(fell)} kills; ask for fewer')
-        fell.append(round(seconds, 1))
-        print(f'kill {len(fell)} of {kills} after {seconds:.0f} s', flush=True)
+class Moment:
+    "True from some seconds after the run's checkpoint has reached a step."
+    def __init__(self, checkpoint, step, seconds):
+        self.checkpoint, self.step, self.seconds = checkpoint, step, seconds
+        self.seen, self.at = None, None
+
+    def __call__(self):
+        if self.at is None and self.checkpoint.exists() and self.checkpoint.stat().st_mtime_ns != self.seen:
+            self.seen = self.checkpoint.stat().st_mtime_ns
+            if load_checkpoint(self.checkpoint)['state']['step'] >= self.step:
+                self.at = time.monotonic() + self.seconds
+        return self.at is not None and time.monotonic() >= self.at
+
+
+def tortured(command, log, checkpoint, kills, steps, seed):
+    "Run to the end with `kills` kills on the way, drawn from `seed`; the (step, seconds after it) at which they fell."
+    draw = random.Random(seed)
+    moments = [(int(steps*(i + draw.random())/(kills + .5)), round(draw.uniform(0, 20), 1)) for i in range(kills)]
+    for i, (step, seconds) in enumerate(moments):
+        if sitting(command, log, Moment(checkpoint, step, seconds)):
+            sys.exit(f'torture: ended after {i} kills; ask for fewer, or let it write checkpoints more often')
+        print(f'kill {i+1} of {kills}: {seconds} s after the checkpoint of step {step} or later', flush=True)
     sitting(command, log)
-    return fell
+    return moments
 
 
 def main():
@@ -57,16 +73,16 @@ def main():
     if killed.exists(): sys.exit(f'{killed} exists: remove {args.work} to begin anew')
     args.work.mkdir(parents=True, exist_ok=True)
     here = provenance(torch.device('cpu'))
-    start = time.time()
-    sitting([*cli, str(alone)], args.work/'alone.log')
-    wall_s = time.time() - start
-    print(f'alone: {wall_s:.0f} s', flush=True)
-    fell = tortured([*cli, str(killed)], log, args.kills, wall_s, args.seed)
+    sitting([*cli, str(alone)], args.work/'alone.log')   # one that is there already is left as it is
+    steps = Run(alone/args.recipe).summary['steps']
+    print(f'alone: {steps} steps', flush=True)
+    fell = tortured([*cli, str(killed)], log, killed/args.recipe/'checkpoint.pt', args.kills, steps, args.seed)
     differ = run_differences(alone/args.recipe, killed/args.recipe)
     gone_on = [int(o) for o in re.findall(r'after step (\d+)', log.read_text(encoding='utf-8'))]
     summary = Run(killed/args.recipe).summary
-    report = dict(recipe=args.recipe, options=[o for o in options if '/' not in o], steps=summary['steps'],
-                  killed_after_s=fell, gone_on_after_step=gone_on, wall_s_alone=wall_s, differences=differ,
+    report = dict(recipe=args.recipe, options=[o for o in options if '/' not in o], steps=steps,
+                  kills=[dict(checkpoint_step=a, seconds_later=b) for a, b in fell], gone_on_after_step=gone_on,
+                  differences=differ,
                   valid_top1=summary['valid_top1'], data_sha256=summary['data_sha256'], **here)
     write_json(ROOT/'results'/'trust'/f'{args.recipe}.json', report)
     print(json.dumps(report, indent=1))

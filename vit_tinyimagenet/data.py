@@ -340,7 +340,8 @@ class Batches:
         for i in range(start*self.batch_size, n, self.batch_size):
             index = order[i:i+self.batch_size]
             positions = torch.arange(i, i+len(index), device=self.device)
-            x,y = self.images[self.split.at(index).to(self.images.device)], self.labels[index]
+            where = self.split.at(index).to(self.images.device)
+            x,y = self.images.index_select(0, where), self.labels[index]   # plain indexing is eight times as slow
             yield Batch(x.to(self.device), y.to(self.device), Draws(self.seed, epoch, positions))
 
 # %% ../nbs/01_data.ipynb #40b497f9

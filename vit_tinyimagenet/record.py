@@ -8,7 +8,7 @@ __all__ = ['CLOCK', 'write_text', 'write_json', 'write_log', 'provenance', 'hard
            'LiveCurve']
 
 # %% ../nbs/08_record.ipynb #5da519d2
-import json, os, platform, shutil, subprocess, time
+import io, json, os, platform, shutil, subprocess, time
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -201,7 +201,9 @@ class LiveCurve:
         self.drawn = time.monotonic()
     def show(self, fig:plt.Figure):
         "Put the figure into the place of the last one."
-        from IPython.display import display   # only a notebook has it
-        if self.handle: self.handle.update(fig)
-        else: self.handle = display(fig, display_id=True)
+        from IPython.display import Image, display   # only a notebook has it
+        png = io.BytesIO()   # drawn here: in its first cell a kernel does not know yet how to show a figure
+        fig.savefig(png, dpi=80)
+        if self.handle: self.handle.update(Image(png.getvalue()))
+        else: self.handle = display(Image(png.getvalue()), display_id=True)
         plt.close(fig)
