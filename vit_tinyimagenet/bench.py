@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DTYPES', 'OURS', 'MODELS', 'BENCH', 'PACKAGES', 'SHAPES', 'GROWTH', 'take_turns', 'medians', 'matrix_rate',
            'step_gflop', 'timm_vit', 'torchvision_vit', 'vit_pytorch', 'HuggingFace', 'TorchEncoder', 'installed',
-           'Shape', 'TrainingStep', 'steps_of', 'bench_steps', 'bench_muon', 'bench_growth', 'exponents', 'theirs_of',
-           'ours_of', 'bench_data', 'plot_steps', 'plot_growth', 'device_name', 'bench_main', 'write_bench']
+           'Shape', 'TrainingStep', 'steps_of', 'bench_steps', 'bench_muon', 'bench_growth', 'exponents', 'last',
+           'theirs_of', 'ours_of', 'bench_data', 'plot_steps', 'plot_growth', 'device_name', 'bench_main',
+           'write_bench']
 
 # %% ../nbs/17_bench.ipynb #307d376f
 import argparse, math, os, re, sys, time
@@ -16,7 +17,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -230,6 +231,11 @@ def exponents(growth:pd.DataFrame)->dict[str,float]: # what -> slope in logarith
     return {what:float(((g.x-g.x.mean())*g.y).sum()/((g.x-g.x.mean())**2).sum()) for what,g in logs}
 
 # %% ../nbs/17_bench.ipynb #a9f6fdbb
+def last(items:Iterable):
+    "Take them one after the other, as training does, and keep none but the last."
+    for item in items: pass
+    return item
+
 def theirs_of(folder:Path, original:bool, n:int, batch_size:int)->Callable: # a pass over n images
     "`ImageFolder` and `DataLoader` with as many workers as cores."
     from torchvision import datasets, transforms as T
@@ -240,7 +246,7 @@ def theirs_of(folder:Path, original:bool, n:int, batch_size:int)->Callable: # a 
     images = datasets.ImageFolder(folder, transform)
     subset = torch.utils.data.Subset(images, torch.randperm(len(images))[:n].tolist())
     loader = torch.utils.data.DataLoader(subset, batch_size, num_workers=os.cpu_count(), persistent_workers=True)
-    return lambda: [x for x,_ in loader][-1]
+    return lambda: last(x for x,_ in loader)
 
 def ours_of(split:Split, original:bool, n:int, batch_size:int, device:torch.device)->Callable:
     "The same from the pack, as training makes it."
@@ -249,7 +255,8 @@ def ours_of(split:Split, original:bool, n:int, batch_size:int, device:torch.devi
     if original:
         aug = AugmentConfig(crop_size=32, pad_mode='constant', color_jitter=(.2,.2,.2,.1), degrees=15, **common)
     batches,epochs = Batches(split.take(torch.arange(min(n,len(split.labels)))), batch_size, device=device),count()
-    return lambda: [augment(b.x, b.draws, aug, aug.mean, aug.std) for b in batches.epoch(next(epochs))][-1]
+    view = lambda b: augment(b.x, b.draws, aug, aug.mean, aug.std)
+    return lambda: last(map(view, batches.epoch(next(epochs))))
 
 # %% ../nbs/17_bench.ipynb #79ead371
 def bench_data(folder:Path, # of class folders, such as tiny-imagenet-200/train
