@@ -53,8 +53,9 @@ def medians(times:pd.DataFrame, # from `take_turns`
            )->pd.DataFrame:     # index name; images_per_s, ours_over_it, rounds
     "Median rates, and how many times ours is as fast, as medians of ratios within a round."
     wide = times.pivot(index='round', columns='name', values='seconds')
-    return pd.DataFrame(dict(images_per_s=images/wide.median(), ours_over_it=wide.div(wide[ours],axis=0).median(),
-                             rounds=len(wide)))
+    ratios = wide.div(wide[ours], axis=0)
+    rates = images/wide.median()
+    return pd.DataFrame(dict(images_per_s=rates, ours_over_it=ratios.median(), rounds=len(wide)))
 
 # %% ../nbs/17_bench.ipynb #eeba48ee
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
@@ -80,13 +81,15 @@ def step_gflop(cfg:VitConfig,
 # %% ../nbs/17_bench.ipynb #f49628b2
 def timm_vit(c:VitConfig, **kw)->nn.Module:
     from timm.models.vision_transformer import VisionTransformer as Timm
-    return Timm(img_size=c.img_size, patch_size=c.patch_size, embed_dim=c.embed_dim, depth=c.depth, num_heads=c.num_heads,
-                mlp_ratio=c.mlp_ratio, num_classes=c.num_classes, global_pool='avg', class_token=False, **kw)
+    return Timm(img_size=c.img_size, patch_size=c.patch_size, embed_dim=c.embed_dim, depth=c.depth,
+                num_heads=c.num_heads, mlp_ratio=c.mlp_ratio, num_classes=c.num_classes, global_pool='avg',
+                class_token=False, **kw)
 
 def torchvision_vit(c:VitConfig)->nn.Module:
     from torchvision.models import VisionTransformer as Torchvision
-    return Torchvision(image_size=c.img_size, patch_size=c.patch_size, num_layers=c.depth, num_heads=c.num_heads,
-                       hidden_dim=c.embed_dim, mlp_dim=int(c.embed_dim*c.mlp_ratio), num_classes=c.num_classes)
+    return Torchvision(image_size=c.img_size, patch_size=c.patch_size, num_layers=c.depth,
+                       num_heads=c.num_heads, hidden_dim=c.embed_dim, mlp_dim=int(c.embed_dim*c.mlp_ratio),
+                       num_classes=c.num_classes)
 
 def vit_pytorch(name:str, c:VitConfig)->nn.Module:
     import vit_pytorch
@@ -102,11 +105,12 @@ class HuggingFace(nn.Module):
         super().__init__()
         from transformers import ViTConfig, ViTForImageClassification
         cfg = ViTConfig(hidden_size=c.embed_dim, num_hidden_layers=c.depth, num_attention_heads=c.num_heads,
-                        intermediate_size=int(c.embed_dim*c.mlp_ratio), image_size=c.img_size, patch_size=c.patch_size,
-                        num_labels=c.num_classes, attn_implementation='sdpa')
+                        intermediate_size=int(c.embed_dim*c.mlp_ratio), image_size=c.img_size,
+                        patch_size=c.patch_size, num_labels=c.num_classes, attn_implementation='sdpa')
         self.net = ViTForImageClassification(cfg)
     def forward(self, x:Tensor)->Tensor: return self.net(x).logits # (B,3,H,W) -> (B,K)
 
+# %% ../nbs/17_bench.ipynb #182053bf
 class TorchEncoder(nn.Module):
     "`nn.TransformerEncoder` on convolved patches, as the original has it."
     def __init__(self, c:VitConfig):
@@ -114,18 +118,18 @@ class TorchEncoder(nn.Module):
         layer = nn.TransformerEncoderLayer(c.embed_dim, c.num_heads, int(c.embed_dim*c.mlp_ratio), dropout=0.,
                                            batch_first=True)
         self.patches = nn.Conv2d(3, c.embed_dim, c.patch_size, c.patch_size)
-        self.encoder = nn.TransformerEncoder(layer, c.depth)
+        self.encoder = nn.TransformerEncoder(layer, c.depth, enable_nested_tensor=False)
         self.cls,self.pos = (nn.Parameter(torch.zeros(1,n,c.embed_dim)) for n in (1,c.num_patches+1))
         self.norm,self.head = nn.LayerNorm(c.embed_dim),nn.Linear(c.embed_dim,c.num_classes)
     def forward(self, x:Tensor)->Tensor: # (B,3,H,W) -> (B,K)
         x = torch.cat([self.cls.expand(len(x),-1,-1), self.patches(x).flatten(2).mT], 1)
         return self.head(self.norm(self.encoder(x+self.pos)[:,0]))
 
-# %% ../nbs/17_bench.ipynb #182053bf
+# %% ../nbs/17_bench.ipynb #e540b4df
 OURS = 'ours'
 MODELS = {OURS:VisionTransformer, 'timm':timm_vit, 'torchvision':torchvision_vit, 'Hugging Face':HuggingFace,
-          'vit-pytorch ViT':partial(vit_pytorch,'ViT'), 'vit-pytorch SimpleViT':partial(vit_pytorch,'SimpleViT'),
-          'nn.TransformerEncoder':TorchEncoder}
+          'vit-pytorch ViT':partial(vit_pytorch,'ViT'),
+          'vit-pytorch SimpleViT':partial(vit_pytorch,'SimpleViT'), 'nn.TransformerEncoder':TorchEncoder}
 BENCH = ('timm','torchvision','transformers','vit_pytorch')
 PACKAGES = {'timm':'timm', 'Hugging Face':'transformers', 'vit-pytorch ViT':'vit_pytorch',
             'vit-pytorch SimpleViT':'vit_pytorch'}
@@ -133,7 +137,8 @@ PACKAGES = {'timm':'timm', 'Hugging Face':'transformers', 'vit-pytorch ViT':'vit
 def installed()->list[str]: # names in MODELS
     "The models that can be built here."
     there = [n for n in MODELS if n not in PACKAGES or find_spec(PACKAGES[n])]
-    if len(there)<len(MODELS): print('left out, not installed:', ', '.join(n for n in MODELS if n not in there))
+    missing = [n for n in MODELS if n not in there]
+    if missing: print('left out, not installed:', ', '.join(missing))
     return there
 
 # %% ../nbs/17_bench.ipynb #4d54887c
@@ -152,9 +157,9 @@ SHAPES = dict(
 
 class TrainingStep:
     "One model with its optimiser; every call is a step on the same batch."
-    def __init__(self, model:nn.Module, x:Tensor, y:Tensor, precision:str, opt=None, compiled:bool=False, keep=None):
+    def __init__(self, model:nn.Module, x:Tensor, y:Tensor, precision:str, compiled:bool=False, keep=None):
         self.model,self.x,self.y,self.precision = model.to(x.device).train(),x,y,precision
-        self.opt = opt or torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.opt = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.inputs = (x,) if keep is None else (x,keep)
         if compiled: self.model.compile(dynamic=False)
     def __call__(self):
@@ -179,6 +184,7 @@ def steps_of(shape:Shape, device:torch.device, precision:str, compiled:bool)->di
         out[name] = TrainingStep(model, x, y, precision, compiled=compiled, keep=own)
     return out
 
+# %% ../nbs/17_bench.ipynb #6339da9d
 def bench_steps(shapes:dict[str,Shape], device:torch.device, precision:str, rounds:int,
                 compiled:tuple[bool,...]=(False,True)
                )->pd.DataFrame: # a row a shape, mode and model
@@ -192,19 +198,20 @@ def bench_steps(shapes:dict[str,Shape], device:torch.device, precision:str, roun
         use = table.images_per_s*step_gflop(shape.vit,shape.n_tokens)/rate
         rows.append(table.assign(shape=name, mode='compiled' if on else 'eager', precision=precision,
                                  batch_size=shape.batch_size, matrix_gflop_per_s=rate, utilisation=use))
-        print(rows[-1][['shape','mode','name','images_per_s','ours_over_it','utilisation']].to_string(index=False))
+        print(rows[-1].drop(columns=['precision','batch_size']).to_string(index=False), flush=True)
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/17_bench.ipynb #f1a851e1
-def bench_muon(device:torch.device, precision:str, rounds:int)->pd.DataFrame: # n_tokens, step_s, muon_s, share
+def bench_muon(device:torch.device, precision:str, rounds:int
+              )->pd.DataFrame: # n_tokens, step_s, muon_s, share
     "Seconds of a `laptop` step with Muon, of its optimiser alone, and the share."
     rows = []
     for name in ('laptop','laptop_half'):
         shape = replace(SHAPES[name], only=(OURS,))
         step = steps_of(shape, device, precision, False)[OURS]
         step.opt = make_optimizer(step.model, OptimConfig())
-        times = take_turns(dict(step=step, muon=step.opt.optimizers[1].step), rounds, device)
-        m = times.groupby('name').seconds.median()
+        muon = step.opt.optimizers[1]
+        m = take_turns(dict(step=step, muon=muon.step), rounds, device).groupby('name').seconds.median()
         rows.append(dict(shape=name, n_tokens=shape.n_tokens, step_s=m['step'], muon_s=m['muon'],
                          share=m['muon']/m['step']))
     return pd.DataFrame(rows)
@@ -220,7 +227,8 @@ def bench_growth(device:torch.device, precision:str, rounds:int)->pd.DataFrame: 
     "Median seconds of our step."
     rows = []
     for what,points in GROWTH.items():
-        steps = {v:steps_of(Shape(cfg,B,cfg.num_patches,(OURS,)), device, precision, False)[OURS] for v,cfg,B in points}
+        ours = lambda cfg,B: steps_of(Shape(cfg,B,cfg.num_patches,(OURS,)), device, precision, False)[OURS]
+        steps = {v:ours(cfg,B) for v,cfg,B in points}
         m = take_turns(steps, rounds, device).groupby('name').seconds.median()
         rows += [dict(what=what, value=v, seconds=s) for v,s in m.items()]
     return pd.DataFrame(rows)
@@ -239,22 +247,26 @@ def last(items:Iterable):
 def theirs_of(folder:Path, original:bool, n:int, batch_size:int)->Callable: # a pass over n images
     "`ImageFolder` and `DataLoader` with as many workers as cores."
     from torchvision import datasets, transforms as T
-    if original:
-        ops = [T.RandomCrop(32,padding=4), T.RandomHorizontalFlip(), T.ColorJitter(.2,.2,.2,.1), T.RandomRotation(15)]
-    else: ops = [T.RandomCrop(64,padding=4,padding_mode='reflect'), T.RandomHorizontalFlip()]
+    crop = T.RandomCrop(32,padding=4) if original else T.RandomCrop(64,padding=4,padding_mode='reflect')
+    more = [T.ColorJitter(.2,.2,.2,.1), T.RandomRotation(15)] if original else []
+    ops = [crop, T.RandomHorizontalFlip(), *more]
     transform = T.Compose([*ops, T.ToTensor(), T.Normalize([.5]*3,[.5]*3)])
     images = datasets.ImageFolder(folder, transform)
     subset = torch.utils.data.Subset(images, torch.randperm(len(images))[:n].tolist())
-    loader = torch.utils.data.DataLoader(subset, batch_size, num_workers=os.cpu_count(), persistent_workers=True)
+    loader = torch.utils.data.DataLoader(subset, batch_size, num_workers=os.cpu_count(),
+                                         persistent_workers=True)
     return lambda: last(x for x,_ in loader)
 
+# %% ../nbs/17_bench.ipynb #0e663c31
 def ours_of(split:Split, original:bool, n:int, batch_size:int, device:torch.device)->Callable:
     "The same from the pack, as training makes it."
     common = dict(mean=(.5,)*3, std=(.5,)*3, pad=4)
     aug = AugmentConfig(**common)
     if original:
-        aug = AugmentConfig(crop_size=32, pad_mode='constant', color_jitter=(.2,.2,.2,.1), degrees=15, **common)
-    batches,epochs = Batches(split.take(torch.arange(min(n,len(split.labels)))), batch_size, device=device),count()
+        aug = AugmentConfig(crop_size=32, pad_mode='constant', color_jitter=(.2,.2,.2,.1), degrees=15,
+                            **common)
+    part,epochs = split.take(torch.arange(min(n,len(split.labels)))),count()
+    batches = Batches(part, batch_size, device=device)
     view = lambda b: augment(b.x, b.draws, aug, aug.mean, aug.std)
     return lambda: last(map(view, batches.epoch(next(epochs))))
 
@@ -316,15 +328,15 @@ def device_name(device:torch.device)->str:
 
 def bench_main(argv:list[str]|None=None):
     "The command `vit_bench`: tables under `results/speed/<device>/`."
-    p = argparse.ArgumentParser('vit_bench', description='Speed on this machine, ours beside other libraries.')
+    p = argparse.ArgumentParser('vit_bench', description='Speed on this machine, beside other libraries.')
     p.add_argument('parts', nargs='*', metavar='PART', default=['steps','muon','growth'],
                    help='of: steps, muon, growth, data (default: all but data)')
     p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--device', default='auto')
-    p.add_argument('--precision', default='auto', help='bf16, fp16, fp32; auto takes what a training run would')
+    p.add_argument('--precision', default='auto', help='bf16, fp16, fp32; auto: as in training')
     p.add_argument('--eager', action='store_true', help='leave the compiled models out')
-    p.add_argument('--images', type=Path, help='for data: a folder of class folders, such as tiny-imagenet-200/train')
-    p.add_argument('--pack', default='official', help='for data: the same images as vit_train --data takes them')
+    p.add_argument('--images', type=Path, help='for data: class folders, such as tiny-imagenet-200/train')
+    p.add_argument('--pack', default='official', help='for data: the same, as vit_train --data takes it')
     p.add_argument('--out', type=Path, default=Path('results/speed'))
     args = p.parse_args(argv)
     try: write_bench(args)
@@ -335,7 +347,8 @@ def write_bench(args:argparse.Namespace):
     "Measure the parts asked for, and write a table each, with where it was measured."
     device = pick_device(args.device)
     precision,modes = pick_precision(device,args.precision),(False,) if args.eager else (False,True)
-    if 'data' in args.parts and not args.images: raise ValueError('data: needs --images, a folder of class folders')
+    if 'data' in args.parts and not args.images:
+        raise ValueError('data: needs --images, a folder of class folders')
     parts = dict(steps=lambda: bench_steps(SHAPES, device, precision, args.rounds, modes),
                  muon=lambda: bench_muon(device, precision, args.rounds),
                  growth=lambda: bench_growth(device, precision, args.rounds),
@@ -346,8 +359,8 @@ def write_bench(args:argparse.Namespace):
     for part in args.parts:
         table = parts[part]()
         write_text(out/f'{part}.csv', table.to_csv(index=False))
-        write_json(out/f'{part}.json', dict(provenance(device), precision=precision, rounds=args.rounds,
-                                            peers={k:version(k) for k in BENCH if find_spec(k)}))
+        where = dict(provenance(device), precision=precision, rounds=args.rounds)
+        write_json(out/f'{part}.json', dict(where, peers={k:version(k) for k in BENCH if find_spec(k)}))
         print(table.to_string(index=False), f'\n{out}/{part}.csv\n', flush=True)
 
 # %% ../nbs/17_bench.ipynb #aa21cd45
