@@ -294,13 +294,13 @@ def plot_steps(table:pd.DataFrame # from `bench_steps`
     for ax,shape in zip(axes[0], shapes):
         wide = table[table['shape']==shape].pivot(index='name', columns='mode', values='images_per_s')
         wide = wide.sort_values('eager')
-        colors = [['C1' if n==OURS else 'C0' for n in wide.index], 'lightgrey']
-        for i,mode in enumerate(m for m in ('eager','compiled') if m in wide):
-            y = [k-.2+.4*(1-i) for k in range(len(wide))]
-            ax.barh(y, wide[mode], height=.4, color=colors[i], edgecolor='C0' if i else None, label=mode)
+        modes = [m for m in ('eager','compiled') if m in wide]
+        for i,mode in enumerate(modes):
+            y = [k-.4*(i-(len(modes)-1)/2) for k in range(len(wide))]
+            colors = ['C1' if n==OURS else 'C0' for n in wide.index]
+            ax.barh(y, wide[mode], height=.8/len(modes), color=colors, alpha=1-.5*i, label=mode)
         ax.set_yticks(range(len(wide)), wide.index, fontsize=8)
-        ax.set(title=shape, xlabel='training images/s')
-        ax.legend(frameon=False, fontsize=7, loc='lower right')
+        ax.set(title=f"{shape}, {' and, paler, '.join(modes)}", xlabel='training images/s', ylim=(-.7,6.7))
     fig.tight_layout()
     return fig
 
@@ -315,6 +315,7 @@ def plot_growth(growth:pd.DataFrame # from `bench_growth`
         ax.plot(g.value, g.seconds, 'o-', ms=4)
         ax.set(xscale='log', yscale='log', xlabel=what, title=f'power {k:.2f}')
         ax.set_xticks(g.value, g.value, fontsize=8)
+        ax.set_yticks([.2,.5,1,2,5], ['0.2','0.5','1','2','5'])
         ax.minorticks_off()
         ax.grid(alpha=.3)
     axes[0].set_ylabel('seconds a step')

@@ -32,6 +32,7 @@ def save_checkpoint(state:dict, # tensors, numbers, strings, lists and dicts of 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.tmp-{os.getpid()}')
+    for left in path.parent.glob(f'{path.name}.tmp-*'): left.unlink(missing_ok=True)   # of a kill
     try:
         with open(part,'wb') as f:
             torch.save(state, f)
@@ -53,6 +54,7 @@ def load_checkpoint(path:Path,
     for p in (Path(path), previous(path)):
         if not p.exists(): continue
         try: return torch.load(p, map_location=device, weights_only=True)
+        except OSError: raise   # a disk or a permission, not the file: nothing to delete
         except Exception as e: problems.append(f'{p}: {e!r}')   # torch raises many kinds
     if problems: raise RuntimeError('no readable checkpoint; delete to start anew:\n'+'\n'.join(problems))
 

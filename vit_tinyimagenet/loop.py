@@ -94,7 +94,6 @@ def seconds_a_step(state:TrainState, batches:Batches, loss_fn:Callable,
     rounds = [steps(24)]
     while sum(rounds)*24<at_least_s: rounds.append(steps(24))
     state.load_state_dict(before)
-    state.recent.clear()
     return sum(rounds)/len(rounds)
 
 # %% ../nbs/07b_loop.ipynb #ccf32798
@@ -109,19 +108,22 @@ def steps_within(seconds:float, step_s:float,
 
 # %% ../nbs/07b_loop.ipynb #117a2f65
 def plan_steps(state:TrainState, batches:Batches, loss_fn:Callable, evaluate:Callable|None, save:Callable,
-               reserve_s:float # of a budget, for what follows
+               reserve_s:float, # of a budget, for what follows
+               start:float      # when the run began, by `time.perf_counter`
               )->int:
     "The length of a run in steps; raises `ValueError` for a budget without room for one."
-    cfg,n,start = state.cfg,len(batches),time.perf_counter()
+    cfg,n = state.cfg,len(batches)
     if cfg.budget_minutes is None: return cfg.epochs*n
     step_s,mark = seconds_a_step(state, batches, loss_fn, cfg.budget_minutes*3),time.perf_counter()
+    def room()->int:
+        now = time.perf_counter()
+        return steps_within(cfg.budget_minutes*60-reserve_s-(now-start), step_s, now-mark, n)
     if evaluate: evaluate(state.averaged())
-    save()
-    now = time.perf_counter()
-    steps = steps_within(cfg.budget_minutes*60-reserve_s-(now-start), step_s, now-mark, n)
-    if not steps:
-        raise ValueError(f'budget_minutes={cfg.budget_minutes:g}: no room for a step; getting ready took '
-                         f'{now-start:.0f} s, the end needs {reserve_s:.0f} s, a step {step_s:.2f} s')
+    if room(): save()   # to time it, but not where nothing is to begin
+    if not (steps := room()):
+        ready_s = time.perf_counter()-start
+        raise ValueError(f'budget_minutes={cfg.budget_minutes:g}: no room for a step of {step_s:.2f} s; '
+                         f'getting ready took {ready_s:.0f} s, the end needs {reserve_s:.0f} s')
     print(f'{steps} steps, {steps/n:.1f} epochs, fit into {cfg.budget_minutes:g} minutes', flush=True)
     return steps
 
@@ -146,11 +148,12 @@ def end_of(state:TrainState)->str: # 'done', 'early stopping', or '' when there 
 def begin(state:TrainState, batches:Batches, loss_fn:Callable, evaluate:Callable|None, save:Callable,
           num_classes:int|None, reserve_s:float):
     "Judge the first loss and fix the length of the run; nothing else is changed."
+    start = time.perf_counter()
     if num_classes:
         seed_step(state.cfg.seed, 0)
         with torch.no_grad(), autocast(state.device,state.precision):
             judge_first_loss(loss_fn(state.model, next(batches.epoch()), 0.)[0].item(), num_classes)
-    state.total_steps = plan_steps(state, batches, loss_fn, evaluate, save, reserve_s)
+    state.total_steps = plan_steps(state, batches, loss_fn, evaluate, save, reserve_s, start)
 
 # %% ../nbs/07b_loop.ipynb #618c774e
 def fit(state:TrainState, batches:Batches, loss_fn:Callable,
@@ -169,8 +172,10 @@ def fit(state:TrainState, batches:Batches, loss_fn:Callable,
         look_at_losses(state)
         save()
     with StopRequest(state.cfg.max_minutes) as stop, explain_out_of_memory(state.cfg.batch_size):
-        if state.total_steps is None: begin(state, batches, loss_fn, evaluate, save, num_classes, reserve_s)
-        while not (ended := end_of(state) or stop and stop.reason):
+        if state.total_steps is None:
+            begin(state, batches, loss_fn, evaluate, save, num_classes, reserve_s)
+            count_and_save()   # the length, so that whatever happens next it is not fixed anew
+        while not (ended := end_of(state) or (stop.reason if stop else '')):
             row = run_epoch(state, batches, loss_fn, evaluate, stop, count_and_save, live)
             count_and_save()
             if row: tell(state, row, log, num_classes)
@@ -182,10 +187,10 @@ def run_epoch(state:TrainState, batches:Batches, loss_fn:Callable, evaluate:Call
               save:Callable, live:Callable)->dict|None: # None when stopped before its end
     "An epoch, or what is left of it, with the evaluation that follows."
     start,n_images = time.perf_counter(),len(batches.labels)
-    before = state.batch*state.cfg.batch_size
+    before = min(state.batch*state.cfg.batch_size, n_images)
     if not train_one_epoch(state, batches, loss_fn, stop, save, live): return None
     done = min(state.batch*state.cfg.batch_size, n_images)-before
-    images_per_s = done/(time.perf_counter()-start)
+    images_per_s = done/(time.perf_counter()-start) if done else math.nan   # only its evaluation was left
     row = end_epoch(state, images_per_s, evaluate(state.averaged()) if evaluate else {})
     live(state)
     return row

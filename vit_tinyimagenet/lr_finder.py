@@ -26,16 +26,18 @@ def lr_finder(state:TrainState, batches:Batches, loss_fn:Callable,
     before,rows,average = copy.deepcopy(state.state_dict()),[],0.
     endless = (b for e in itertools.count() for b in batches.epoch(e))
     state.model.train()
-    for i,batch in zip(range(steps), endless):
-        lr = low*(high/low)**(i/(steps-1))
-        try: loss = train_step(state, batch, loss_fn, lr, 0.)[0].item()
-        except FloatingPointError: break   # the step before has broken it
-        average = .9*average+.1*loss
-        rows.append(dict(lr=lr, loss=loss, smooth=average/(1-.9**(i+1))))
-        best = min(r['smooth'] for r in rows)
-        if not math.isfinite(loss) or (i>steps//10 and rows[-1]['smooth']>1.5*best+.1): break
-    state.load_state_dict(before)
-    state.recent.clear()
+    try:
+        for i,batch in zip(range(steps), endless):
+            lr = low*(high/low)**(i/(steps-1))
+            loss = train_step(state, batch, loss_fn, lr, 0.)[0].item()
+            if not math.isfinite(loss): break
+            average = .9*average+.1*loss
+            rows.append(dict(lr=lr, loss=loss, smooth=average/(1-.9**(i+1))))
+            best = min(r['smooth'] for r in rows)
+            if i>steps//10 and rows[-1]['smooth']>1.5*best+.1: break
+    except FloatingPointError: pass   # the step before has broken it
+    finally: state.load_state_dict(before)   # also when it is interrupted
+    if not rows: raise ValueError('the first loss is not finite: look at the data and the model first')
     return pd.DataFrame(rows)
 
 # %% ../nbs/07a_lr_finder.ipynb #835a7ff6

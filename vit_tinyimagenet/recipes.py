@@ -148,7 +148,7 @@ def resume(state:TrainState, recipe:Recipe, data:Pack,
            folder:Path    # of the run
           )->list[dict]: # provenance of the sittings before this one
     "Restore a state from its checkpoint; raises `ValueError` when the folder is another run's."
-    saved = load_checkpoint(folder/'checkpoint.pt', state.device)
+    saved = load_checkpoint(folder/'checkpoint.pt')
     if saved is None:
         if not (folder/'summary.json').exists(): return []
         raise ValueError(f'{folder} holds a finished run without its checkpoint; choose another --out')
@@ -158,6 +158,7 @@ def resume(state:TrainState, recipe:Recipe, data:Pack,
     other = '; '.join(_differences(saved['identity'], identity(recipe,data)))
     if other: raise ValueError(f'{folder} is of another run; choose another --out, or delete it: {other}')
     state.load_state_dict(saved['state'])
+    if (folder/'summary.json').exists(): return saved['sittings']
     print(f'going on with {folder} after step {state.step}')
     before = saved['sittings'][-1]['precision']
     if before!=state.precision:
@@ -171,16 +172,21 @@ def fit_to_data(recipe:Recipe, data:Pack
     "Raise `ValueError` where the model does not fit the data."
     n,size = len(data.meta['wnids']),recipe.augment.crop_size or data.meta['img_size']
     if recipe.vit.num_classes is None: recipe = replace(recipe, vit=replace(recipe.vit, num_classes=n))
+    if (recipe.augment.crop_size or 0)>data.meta['img_size']:   # padding helps in training, not in evaluation
+        raise ValueError(f"augment.crop_size={size}: images have {data.meta['img_size']} pixels a side")
     check_fields(recipe.vit, ('num_classes', recipe.vit.num_classes==n, f'{data.folder} has {n} classes'),
         ('img_size', recipe.vit.img_size==size, f'after augment.crop_size images have {size} pixels a side'))
     return recipe
 
 # %% ../nbs/09_recipes.ipynb #4670f288
-def new_state(recipe:Recipe, data:Pack, folder:Path)->TrainState:
+def new_state(recipe:Recipe, data:Pack,
+              folder:Path|None=None # of the run, which may have begun
+             )->TrainState:
     "Model, optimiser and EMA before the first step: weights drawn from the seed, or taken from `init`."
     torch.manual_seed(recipe.train.seed)
     model = VisionTransformer(recipe.vit)
-    begun = (folder/'checkpoint.pt').exists() or previous(folder/'checkpoint.pt').exists()
+    saved = folder/'checkpoint.pt' if folder else None
+    begun = saved and (saved.exists() or previous(saved).exists())
     if recipe.init and not begun: start_from(model, recipe.init, data.meta['wnids'])
     return TrainState(model, recipe.optim, recipe.train)
 
@@ -259,7 +265,7 @@ def find_lr(recipe:Recipe,
     "Loss against learning rate for a recipe's model, data and batch size."
     data = open_data(recipe.data, home, recipe.img_size, recipe.skip_bad)
     recipe = fit_to_data(recipe, data)
-    state = new_state(recipe, data, Path())
+    state = new_state(recipe, data)
     return lr_finder(state, *loop_parts(recipe, data, splits_of(recipe,data)[0], state), **range_)
 
 # %% ../nbs/09_recipes.ipynb #a70a5722

@@ -95,7 +95,8 @@ class Run:
         path = self.folder/'log.csv'
         return pd.read_csv(path) if path.exists() else pd.DataFrame()
     @property
-    def predictions(self)->pd.DataFrame: return pd.read_csv(self.folder/'valid_predictions.csv')
+    def predictions(self)->pd.DataFrame: # names as they are, even `NA` or `001`
+        return pd.read_csv(self.folder/'valid_predictions.csv', dtype=str, keep_default_na=False)
     def __repr__(self)->str:
         stands = 'finished' if self.finished else 'not finished'
         return f'Run({str(self.folder)!r}): {stands}, {len(self.log)} epochs'

@@ -119,8 +119,7 @@ class TrainState(Progress):
         if cfg.compile: self.model.compile(dynamic=False)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision=='fp16')
         self.loss,self.top1 = WeightedMean(),WeightedMean()     # of the epoch so far
-        # of this sitting: losses not looked at yet, whether accuracies were warned of, why `fit` ended
-        self.recent,self.warned,self.ended = [],False,''
+        self.recent,self.warned,self.ended = [],False,''        # losses to look at; why `fit` ended
     def averaged(self)->nn.Module: # the EMA's weights, or the model's when there is none
         return self.ema.module if self.ema else self.model
     def state_dict(self)->dict:
@@ -131,13 +130,14 @@ class TrainState(Progress):
         for k in self.PARTS:   # a scaler that was off has an empty state, which one that is on refuses
             if getattr(self,k) is not None and d[k]: getattr(self,k).load_state_dict(d[k])
         self.loss,self.top1 = (WeightedMean(**m) for m in d['means'])
+        self.recent.clear()
 
 # %% ../nbs/07_train.ipynb #14c771d4
 def look_at_losses(state:TrainState):
     "Raise `FloatingPointError` where one of the latest losses is not finite."
     if not state.recent: return
     lr = state.opt.param_groups[0]['lr']
-    refuse_nonfinite(state.recent, state.step, lr, state.model, state.scaler.get_scale())
+    refuse_nonfinite(state.recent, state.step, lr, state.model)   # `scaler.step` has unscaled the gradients
     state.recent.clear()
 
 def train_step(state:TrainState,
@@ -152,7 +152,7 @@ def train_step(state:TrainState,
     with autocast(state.device, state.precision): loss,top1 = loss_fn(state.model, batch, progress)
     state.step,state.batch = state.step+1,state.batch+1
     state.recent.append(loss.detach())
-    if state.device.type=='cpu' or len(state.recent)==20: look_at_losses(state)
+    if state.device.type=='cpu' or len(state.recent)>=20: look_at_losses(state)
     state.opt.zero_grad()
     state.scaler.scale(loss).backward()
     state.scaler.step(state.opt)
