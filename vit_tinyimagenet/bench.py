@@ -29,6 +29,7 @@ from .augment import AugmentConfig, augment
 from .core import autocast, pick_device, pick_precision
 from .data import Batches, Pack, Split, open_data
 from .optim import OptimConfig, make_optimizer
+from .recipes import original_notebook
 from .record import hardware, provenance, write_json, write_text
 from .vit import VisionTransformer, VitConfig
 
@@ -260,11 +261,8 @@ def theirs_of(folder:Path, original:bool, n:int, batch_size:int)->Callable: # a 
 # %% ../nbs/17_bench.ipynb #0e663c31
 def ours_of(split:Split, original:bool, n:int, batch_size:int, device:torch.device)->Callable:
     "The same from the pack, as training makes it."
-    common = dict(mean=(.5,)*3, std=(.5,)*3, pad=4)
-    aug = AugmentConfig(**common)
-    if original:
-        aug = AugmentConfig(crop_size=32, pad_mode='constant', color_jitter=(.2,.2,.2,.1), degrees=15,
-                            **common)
+    theirs = original_notebook().augment
+    aug = theirs if original else AugmentConfig(pad=4, mean=theirs.mean, std=theirs.std)
     part,epochs = split.take(torch.arange(min(n,len(split.labels)))),count()
     batches = Batches(part, batch_size, device=device)
     view = lambda b: augment(b.x, b.draws, aug, aug.mean, aug.std)
