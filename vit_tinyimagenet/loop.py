@@ -7,7 +7,7 @@ __all__ = ['StopRequest', 'rate_and_progress', 'with_bar', 'train_one_epoch', 's
            'end_epoch', 'end_of', 'begin', 'fit', 'run_epoch', 'tell']
 
 # %% ../nbs/07b_loop.ipynb #9374c70c
-import copy, itertools, math, signal, threading, time
+import itertools, math, signal, threading, time
 from typing import Callable, Iterator
 
 import torch
@@ -18,7 +18,7 @@ from .data import Batch, Batches
 from .metrics import WeightedMean
 from .optim import lr_at
 from .signs import explain_out_of_memory, judge_accuracies, judge_first_loss
-from .train import TrainState, look_at_losses, train_step
+from .train import TrainState, look_at_losses, train_step, undone
 
 # %% ../nbs/07b_loop.ipynb #3a5d9edd
 class StopRequest:
@@ -82,7 +82,6 @@ def seconds_a_step(state:TrainState, batches:Batches, loss_fn:Callable,
                    at_least_s:float=0. # to spend on it
                   )->float:
     "Mean time of steps spread over a run, thirty or more; the state is left as it was."
-    before = copy.deepcopy(state.state_dict())
     endless = (b for e in itertools.count() for b in batches.epoch(e))
     def steps(n:int)->float:
         start = time.perf_counter()
@@ -90,10 +89,10 @@ def seconds_a_step(state:TrainState, batches:Batches, loss_fn:Callable,
         loss.item()   # waits for the device
         return (time.perf_counter()-start)/n
     state.model.train()
-    steps(6)
-    rounds = [steps(24)]
-    while sum(rounds)*24<at_least_s: rounds.append(steps(24))
-    state.load_state_dict(before)
+    with undone(state):
+        steps(6)
+        rounds = [steps(24)]
+        while sum(rounds)*24<at_least_s: rounds.append(steps(24))
     return sum(rounds)/len(rounds)
 
 # %% ../nbs/07b_loop.ipynb #ccf32798

@@ -6,14 +6,14 @@
 __all__ = ['lr_finder', 'suggest_lr', 'plot_lr']
 
 # %% ../nbs/07a_lr_finder.ipynb #1b5070e2
-import copy, itertools, math
+import contextlib, itertools, math
 from typing import Callable
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from .data import Batches
-from .train import TrainState, train_step
+from .train import TrainState, train_step, undone
 
 # %% ../nbs/07a_lr_finder.ipynb #7bca9cb3
 def lr_finder(state:TrainState, batches:Batches, loss_fn:Callable,
@@ -23,10 +23,10 @@ def lr_finder(state:TrainState, batches:Batches, loss_fn:Callable,
     "Loss against learning rate; raises `ValueError` for a range that does not rise."
     if not 0<low<high or steps<2:
         raise ValueError(f'low={low}, high={high}, steps={steps}: the rate has to rise from above 0')
-    before,rows,average = copy.deepcopy(state.state_dict()),[],0.
+    rows,average = [],0.
     endless = (b for e in itertools.count() for b in batches.epoch(e))
     state.model.train()
-    try:
+    with undone(state), contextlib.suppress(FloatingPointError):   # where the step before has broken it
         for i,batch in zip(range(steps), endless):
             lr = low*(high/low)**(i/(steps-1))
             loss = train_step(state, batch, loss_fn, lr, 0.)[0].item()
@@ -35,8 +35,6 @@ def lr_finder(state:TrainState, batches:Batches, loss_fn:Callable,
             rows.append(dict(lr=lr, loss=loss, smooth=average/(1-.9**(i+1))))
             best = min(r['smooth'] for r in rows)
             if i>steps//10 and rows[-1]['smooth']>1.5*best+.1: break
-    except FloatingPointError: pass   # the step before has broken it
-    finally: state.load_state_dict(before)   # also when it is interrupted
     if not rows: raise ValueError('the first loss is not finite: look at the data and the model first')
     return pd.DataFrame(rows)
 

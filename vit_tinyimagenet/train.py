@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'check_train', 'patch_drop_at', 'patches_to_keep', 'supervised_loss', 'Progress', 'TrainState',
-           'look_at_losses', 'train_step']
+           'look_at_losses', 'train_step', 'undone']
 
 # %% ../nbs/07_train.ipynb #7ac08754
-import math
+import contextlib, copy, math
 from dataclasses import dataclass, field, fields
 from typing import Callable
 
@@ -159,3 +159,11 @@ def train_step(state:TrainState,
     state.scaler.update()
     if state.ema: state.ema.update_parameters(state.model)
     return loss.detach(),top1
+
+# %% ../nbs/07_train.ipynb #c263145e
+@contextlib.contextmanager
+def undone(state:TrainState):
+    "Whatever happens to the state inside is undone at the end."
+    before = copy.deepcopy(state.state_dict())
+    try: yield
+    finally: state.load_state_dict(before)
