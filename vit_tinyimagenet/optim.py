@@ -64,13 +64,14 @@ def orthogonalise(m:Tensor,          # (n,r,c) matrices
                   steps:int=5
                  )->Tensor:          # (n,r,c) in `dtype`, singular values near 1
     "Newton-Schulz iterations with Muon's quintic (https://kellerjordan.github.io/posts/muon/)."
-    x = m.to(dtype)
-    if m.shape[-2]>m.shape[-1]: x = x.mT          # the products are of the shorter side
+    tall = m.shape[-2]>m.shape[-1]
+    x = (m.mT if tall else m).to(dtype, memory_format=torch.contiguous_format)   # products of the shorter side
     x = x/x.norm(dim=(-2,-1), keepdim=True).clamp_min(1e-7)
     for _ in range(steps):
         a = x@x.mT
-        x = 3.4445*x + (-4.775*a + 2.0315*a@a)@x
-    return x.mT if m.shape[-2]>m.shape[-1] else x
+        b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return x.mT if tall else x
 
 # %% ../nbs/04_optim.ipynb #6f3dd0b6
 class Muon(torch.optim.Optimizer):
