@@ -206,7 +206,7 @@ def bench_steps(shapes:dict[str,Shape], device:torch.device, precision:str, roun
 # %% ../nbs/17_bench.ipynb #1ebfb3d3
 KINDS = {'products':'mm bmm addmm baddbmm linear', 'copies':'copy_ cat clone contiguous',
          'sums and scalings':'add add_ mul sum div', 'norms':'native_layer_norm native_layer_norm_backward',
-         'activation':'gelu gelu_backward threshold_backward relu', 'softmax':'_softmax _softmax_backward_data',
+         'activation':'gelu gelu_backward', 'softmax':'_softmax _softmax_backward_data',
          'optimiser':'_fused_adamw_'}
 
 def bench_profile(shapes:dict[str,Shape], device:torch.device, precision:str, steps:int=5
@@ -389,7 +389,8 @@ def write_bench(args:argparse.Namespace):
     parts = dict(steps=lambda: bench_steps(SHAPES, device, precision, args.rounds, modes),
                  muon=lambda: bench_muon(device, precision, args.rounds),
                  growth=lambda: bench_growth(device, precision, args.rounds),
-                 imports=lambda: bench_imports(args.rounds), profile=lambda: bench_profile(SHAPES, device, precision),
+                 imports=lambda: bench_imports(args.rounds),
+                 profile=lambda: bench_profile(SHAPES, device, precision),
                  data=lambda: bench_data(args.images, open_data(args.pack), device, args.rounds))
     unknown = set(args.parts)-set(parts)
     if unknown: raise ValueError(f"{', '.join(sorted(unknown))}: choose of {', '.join(parts)}")

@@ -22,7 +22,7 @@ def keep_memory()->bool: # whether this platform's malloc could be told
     return bool(mallopt(_MMAP_MAX,0) and mallopt(_TRIM,2**31-1))
 
 # %% ../nbs/02b_ops.ipynb #2d251929
-ROWS = 1024   # tokens of one partial product
+ROWS = 2048   # tokens of one partial product
 
 class _Linear(torch.autograd.Function):
     "y = x w' + b in x's type, with the weight's gradient in parts."

@@ -65,7 +65,8 @@ def orthogonalise(m:Tensor,          # (n,r,c) matrices
                  )->Tensor:          # (n,r,c) in `dtype`, singular values near 1
     "Newton-Schulz iterations with Muon's quintic (https://kellerjordan.github.io/posts/muon/)."
     tall = m.shape[-2]>m.shape[-1]
-    x = (m.mT if tall else m).to(dtype, memory_format=torch.contiguous_format)   # products of the shorter side
+    # contiguous, and wide: the products are of the shorter side
+    x = (m.mT if tall else m).to(dtype, memory_format=torch.contiguous_format)
     x = x/x.norm(dim=(-2,-1), keepdim=True).clamp_min(1e-7)
     for _ in range(steps):
         a = x@x.mT

@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'FORMAT', 'MAY_DIFFER', 'FINISHED', 'Recipe', 'demo', 'laptop', 'sprint', 'original_notebook',
            'original_readme', 'own_images', 'fine_tune', 'splits_of', 'clean_view', 'ordered', 'watcher', 'identity',
            'resume', 'fit_to_data', 'new_state', 'run_folder', 'loop_parts', 'seconds_to_evaluate', 'train',
-           'fit_recipe', 'print_row', 'find_lr', 'start_record', 'selection', 'finish_record']
+           'fit_recipe', 'print_row', 'find_lr', 'start_record', 'selection', 'evaluate_valid', 'finish_record']
 
 # %% ../nbs/09_recipes.ipynb #10e718ee
 import itertools, json, time, warnings
@@ -24,11 +24,11 @@ from .core import check_fields, in_notebook
 from .data import Batches, Pack, Split, minival_split, open_data
 from .loop import fit
 from .lr_finder import lr_finder, plot_lr, suggest_lr
-from .metrics import predict_split
+from .metrics import Predictions, predict_split
 from .ops import keep_memory
 from .optim import OptimConfig
-from .record import (LiveCurve, Run, peak_gib, plot_curves, predictions_frame, provenance, write_json,
-                                     write_log, write_text)
+from .record import (LiveCurve, Run, peak_gib, plot_curves, predictions_frame, provenance,
+                                     write_json, write_log, write_text)
 from .train import TrainConfig, TrainState, supervised_loss
 from .views import show_batch
 from .vit import VisionTransformer, VitConfig
@@ -66,7 +66,7 @@ def laptop()->Recipe:
 
 def sprint()->Recipe:
     "The original's 32.1% in minutes on two CPU cores: `results/sprint_0` to `_2` have accuracy and time."
-    # few passes want a shallow network, small batches, and no crop: no image is seen often enough to be learnt by heart
+    # few passes want a shallow network, small batches and no crop: nothing is seen too often
     return Recipe('sprint', vit=VitConfig(embed_dim=256, depth=4, num_heads=4),
                   optim=OptimConfig(lr=4e-3, warmup_epochs=.15),
                   train=TrainConfig(epochs=4, batch_size=128, patch_drop=((0.,.5),(.9,0.))))
@@ -74,10 +74,10 @@ def sprint()->Recipe:
 # %% ../nbs/09_recipes.ipynb #1de1dc55
 def original_notebook()->Recipe:
     "The original as its notebook ran it (25.5M parameters): 31.7% after 192 epochs, says its log."
-    vit = VitConfig(img_size=32, patch_size=4, embed_dim=512, depth=12, num_heads=8, qkv_bias=True,
+    vit = VitConfig(img_size=32, patch_size=4, embed_dim=512, depth=12, num_heads=8, bias=True,
                     global_pool='token', pos_embed='ones', pos_tokens=257, patch_norm=False,
-                    norm_first=False, act_layer='relu', norm_eps=1e-5, norm_affine=True, proj_bias=True,
-                    drop_rate=.1, head_drop_rate=.1, weight_init='torch_clones')
+                    norm_first=False, act_layer='relu', norm_eps=1e-5, drop_rate=.1, head_drop_rate=.1,
+                    weight_init='torch_clones')
     aug = AugmentConfig(crop_size=32, pad=4, pad_mode='constant', color_jitter=(.2,.2,.2,.1), degrees=15,
                         mean=(.5,.5,.5), std=(.5,.5,.5))
     optim = OptimConfig('adamw', lr=3e-5, weight_decay=1e-4, betas=(.9,.999), decay_matrices_only=False,
@@ -230,7 +230,6 @@ def train(recipe:Recipe,
     "Carry out a recipe, or go on with it, and write its folder."
     folder = run_folder(recipe, out)
     data = open_data(recipe.data, home, recipe.img_size, recipe.skip_bad)
-    keep_memory()   # not while packing, which needs much of it once
     began,recipe = time.perf_counter(),fit_to_data(recipe, data)
     state = new_state(recipe, data, folder)
     sittings = resume(state, recipe, data, folder)
@@ -255,6 +254,7 @@ FINISHED = ('done','early stopping')
 def fit_recipe(state:TrainState, recipe:Recipe, data:Pack, train_on:Split, watched:Split|None, save:Callable,
                log:Callable|None, began:float):
     "`fit` with a recipe's batches, loss and what it watches."
+    keep_memory()   # not before: packing needs much of it once
     shown = {}
     if in_notebook(): shown['live'] = LiveCurve()
     plain = (lambda row: None) if shown else print_row
@@ -296,16 +296,22 @@ def selection(cfg:TrainConfig)->str:
     end = f'stopped by its loss (patience {cfg.patience})' if cfg.patience else 'never acted upon'
     return f'last weights; {cfg.watch} watched every epoch, {end}'
 
+# %% ../nbs/09_recipes.ipynb #evalvalid
+def evaluate_valid(folder:Path, recipe:Recipe, data:Pack, state:TrainState)->tuple[Predictions,float]:
+    "Predict the official validation images with the averaged weights; the seconds that it took."
+    batches,start = ordered(data.valid, recipe, state),time.perf_counter()
+    p = predict_split(state.averaged(), batches.epoch(), clean_view(recipe,data.meta), state.precision)
+    eval_s = time.perf_counter()-start
+    write_text(folder/'valid_predictions.csv',
+               predictions_frame(p, data.valid.files, data.meta['wnids']).to_csv(index=False))
+    return p,eval_s
+
 # %% ../nbs/09_recipes.ipynb #830607c3
 def finish_record(folder:Path, recipe:Recipe, data:Pack, state:TrainState, train_split:str, n_images:int,
                   sittings:list[dict])->Run:
     "Evaluate the last averaged weights on valid, once, and write everything that follows from it."
-    model,run,start = state.averaged(),Run(folder),time.perf_counter()
-    batches = ordered(data.valid, recipe, state)
-    p = predict_split(model, batches.epoch(), clean_view(recipe,data.meta), state.precision)
-    eval_s = time.perf_counter()-start
-    write_text(folder/'valid_predictions.csv',
-               predictions_frame(p, data.valid.files, data.meta['wnids']).to_csv(index=False))
+    model,run = state.averaged(),Run(folder)
+    p,eval_s = evaluate_valid(folder, recipe, data, state)
     seen = dict(mean=recipe.augment.mean or data.meta['mean'], std=recipe.augment.std or data.meta['std'])
     save_release(model, folder/'model.safetensors', {**data.meta, **seen})
     for what in ('top1','loss'):

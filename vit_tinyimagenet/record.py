@@ -60,6 +60,7 @@ def hardware(device:torch.device)->str:
     units = ' AMX' if torch.cpu._is_amx_tile_supported() else ''   # multiplies bfloat16 several times as fast
     return f'{cpu}, {torch.backends.cpu.get_cpu_capability()}{units}, {torch.get_num_threads()} threads'
 
+# %% ../nbs/08_record.ipynb #peakgib0
 def peak_gib(device:torch.device)->float|None: # GiB; None where the system does not say
     "The most memory that this process had: on the GPU, or resident, with the pages of mapped files."
     if device.type=='cuda': return torch.cuda.max_memory_allocated(device)/2**30

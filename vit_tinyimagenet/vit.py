@@ -29,8 +29,7 @@ class VitConfig:
     depth: int = 9                     # blocks
     num_heads: int = 3                 # h; D/h wide each
     mlp_ratio: float = 2.              # hidden width of the MLP over D
-    qkv_bias: bool = False             # whether queries, keys and values have a bias
-    proj_bias: bool = False            # whether attention's output and the MLP have biases
+    bias: bool = False                 # of the blocks' linear layers, and a scale and a shift of norms
     global_pool: str = 'avg'           # 'avg' over tokens, or 'token' for a CLS token
     pos_embed: str = 'sincos2d'        # fixed 'sincos2d', or a table 'learn'-ed from a normal or from 'ones'
     pos_tokens: int|None = None        # rows of a learned table; None for as many as there are tokens
@@ -38,7 +37,6 @@ class VitConfig:
     norm_first: bool = True            # pre-norm blocks; False for post-norm, as in 2017
     act_layer: str = 'gelu'            # of the MLP
     norm_eps: float = 1e-6             # of LayerNorm
-    norm_affine: bool = False          # whether LayerNorm has a scale and a shift
     init_values: float|None = None     # LayerScale's start, such as 1e-5; None for no LayerScale
     drop_rate: float = 0.              # dropout in attention, after it, and in the MLP
     head_drop_rate: float = 0.         # dropout on the logits, which only the original has
@@ -50,7 +48,7 @@ class VitConfig:
 
 # %% ../nbs/03_vit.ipynb #277042a4
 VIT_CHOICES = dict(global_pool=('avg','token'), pos_embed=('sincos2d','learn','ones'),
-                   act_layer=('gelu_tanh','gelu','relu'), weight_init=('zero_residual','torch_clones'))
+                   act_layer=('gelu','relu'), weight_init=('zero_residual','torch_clones'))
 
 def check_vit(cfg:VitConfig):
     "Raise `ValueError` for the first field that is out of range."
@@ -82,7 +80,7 @@ def layer_norm(cfg:VitConfig,
                dim:int|None=None # channels; D when None
               )->nn.LayerNorm:
     "The LayerNorm of a config."
-    return nn.LayerNorm(dim or cfg.embed_dim, eps=cfg.norm_eps, elementwise_affine=cfg.norm_affine)
+    return nn.LayerNorm(dim or cfg.embed_dim, eps=cfg.norm_eps, elementwise_affine=cfg.bias)
 
 class PatchEmbed(nn.Module):
     "Patches to tokens by one matrix product, only for those that are kept."
@@ -124,8 +122,8 @@ class Attention(nn.Module):
         super().__init__()
         D = cfg.embed_dim
         self.num_heads,self.scale,self.drop_rate = cfg.num_heads,(D//cfg.num_heads)**-.5,cfg.drop_rate
-        self.qkv = Linear(D, 3*D, bias=cfg.qkv_bias)
-        self.proj = Linear(D, D, bias=cfg.proj_bias)
+        self.qkv = Linear(D, 3*D, bias=cfg.bias)
+        self.proj = Linear(D, D, bias=cfg.bias)
         self.proj_drop = nn.Dropout(cfg.drop_rate)
     def forward(self, x:Tensor)->Tensor: # (B,N,D) -> (B,N,D)
         attend = self.plain if x.device.type=='cpu' else self.fused
@@ -140,15 +138,15 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=drop).transpose(1,2).flatten(2)
 
 # %% ../nbs/03_vit.ipynb #14f2258e
-ACTIVATIONS = dict(gelu=nn.GELU, gelu_tanh=lambda: nn.GELU(approximate='tanh'), relu=nn.ReLU)
+ACTIVATIONS = dict(gelu=nn.GELU, relu=nn.ReLU)
 
 class Mlp(nn.Module):
     "Two linear layers with an activation between them."
     def __init__(self, cfg:VitConfig):
         super().__init__()
         hidden = int(cfg.embed_dim*cfg.mlp_ratio)
-        self.fc1 = Linear(cfg.embed_dim, hidden, bias=cfg.proj_bias)
-        self.fc2 = Linear(hidden, cfg.embed_dim, bias=cfg.proj_bias)
+        self.fc1 = Linear(cfg.embed_dim, hidden, bias=cfg.bias)
+        self.fc2 = Linear(hidden, cfg.embed_dim, bias=cfg.bias)
         self.act,self.drop = ACTIVATIONS[cfg.act_layer](),nn.Dropout(cfg.drop_rate)
     def forward(self, x:Tensor)->Tensor: # (B,N,D) -> (B,N,D)
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
