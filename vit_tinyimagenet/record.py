@@ -75,10 +75,9 @@ def predictions_frame(p:Predictions,
                       wnids:list[str]  # in label order
                      )->pd.DataFrame:  # image, label, top1 .. top5
     "Predictions as a table."
-    k = min(5, p.logits.shape[1])
-    best = p.logits.topk(k).indices.tolist()
+    best = p.ranked(5).tolist()
     name = lambda labels: [wnids[i] for i in labels]
-    top = {f'top{j+1}':name(row[j] for row in best) for j in range(k)}
+    top = {f'top{j+1}':name(row[j] for row in best) for j in range(len(best[0]))}
     return pd.DataFrame(dict(image=files, label=name(p.labels.tolist()), **top))
 
 def recompute(frame:pd.DataFrame)->dict[str,float]: # top1, top5 as fractions
