@@ -51,6 +51,7 @@ class Predictions(NamedTuple):
         return dict(top1=hit[:,0].float().mean().item(), top5=hit.any(1).float().mean().item(),
                     loss=F.cross_entropy(self.logits,self.labels).item())
 
+# %% ../nbs/05_metrics.ipynb #predsplt
 @torch.inference_mode()
 def predict_split(model:nn.Module,
                   batches:Iterable,    # of `Batch`
