@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACK_FORMAT', 'to_rgb', 'open_image', 'to_square', 'decode', 'Chunk', 'read_meta', 'pack', 'Split', 'Pack',
-           'open_data', 'minival_split', 'Batch', 'Batches', 'channel_mean_probe']
+           'open_data', 'minival_split', 'hold_out', 'first_classes', 'Batch', 'Batches', 'channel_mean_probe']
 
 # %% ../nbs/01_data.ipynb #3ba36781
-import errno, glob, hashlib, io, json, math, os, re, shutil
+import copy, errno, glob, hashlib, io, json, math, os, re, shutil
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterator, NamedTuple
 
@@ -308,6 +308,25 @@ def minival_split(labels:Tensor,    # (n,) int64, of the train split
         raise ValueError(f'per_class={per_class}: hold out fewer, the smallest class has {counts.min()}')
     rank = torch.cat([torch.arange(c) for c in counts.tolist()])
     return by_class[rank>=per_class].sort().values, by_class[rank<per_class].sort().values
+
+# %% ../nbs/01_data.ipynb #28219e3b
+def hold_out(data:Pack)->Pack:
+    "Train less minival, and minival in the place of the validation images; of few images, a fifth."
+    part,few = copy.copy(data),int(data.train.labels.bincount().min())//5
+    fit_on,held = minival_split(data.train.labels, max(1, min(50,few)))
+    part.train,part.valid = data.train.take(fit_on),data.train.take(held)
+    return part
+
+def first_classes(data:Pack,
+                  n:int # as many, in label order
+                 )->Pack:
+    "Only the images of some classes; raises `ValueError` where there are not so many."
+    wnids,names = data.meta['wnids'],data.meta['names']
+    if not 1<=n<=len(wnids): raise ValueError(f'classes={n}: {data.folder} has {len(wnids)}')
+    part = copy.copy(data)
+    part.train,part.valid = (s.take((s.labels<n).nonzero()[:,0]) for s in (data.train,data.valid))
+    part.meta = {**data.meta, 'wnids':wnids[:n], 'names':names[:n]}
+    return part
 
 # %% ../nbs/01_data.ipynb #8e04457c
 class Batch(NamedTuple):

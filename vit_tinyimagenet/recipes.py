@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'FORMAT', 'MAY_DIFFER', 'FINISHED', 'Recipe', 'demo', 'laptop', 'sprint', 'original_notebook',
-           'original_readme', 'own_images', 'fine_tune', 'splits_of', 'clean_view', 'ordered', 'watcher', 'identity',
-           'resume', 'fit_to_data', 'new_state', 'run_folder', 'loop_parts', 'seconds_to_evaluate', 'train',
-           'fit_recipe', 'print_row', 'find_lr', 'start_record', 'selection', 'evaluate_valid', 'finish_record']
+           'original_readme', 'own_images', 'fine_tune', 'recipe_data', 'splits_of', 'named_splits', 'clean_view',
+           'ordered', 'watcher', 'identity', 'resume', 'fit_to_data', 'new_state', 'run_folder', 'loop_parts',
+           'seconds_to_evaluate', 'train', 'fit_recipe', 'print_row', 'find_lr', 'start_record', 'selection',
+           'evaluate_valid', 'finish_record']
 
 # %% ../nbs/09_recipes.ipynb #10e718ee
 import itertools, json, time, warnings
@@ -21,7 +22,7 @@ import torch
 from .augment import AugmentConfig, augment, center_normalize
 from .checkpoint import load_checkpoint, previous, save_checkpoint, save_release, start_from
 from .core import check_fields, in_notebook
-from .data import Batches, Pack, Split, minival_split, open_data
+from .data import Batches, Pack, Split, first_classes, hold_out, open_data
 from .loop import fit
 from .lr_finder import lr_finder, plot_lr, suggest_lr
 from .metrics import Predictions, predict_split
@@ -41,6 +42,8 @@ class Recipe:
     data: str = 'official'     # 'official', 'twin', a zip, a folder of images, or a pack's folder
     img_size: int = 64         # pixels a side that images are packed at
     skip_bad: bool = False     # leave out images that cannot be read
+    classes: int|None = None   # only so many, the first ones; None for all
+    tuning: bool = False       # hold minival out and be judged on it, not on the official images
     init: str|None = None      # trained weights to start from: a shipped name or a release file
     vit: VitConfig = field(default_factory=VitConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -50,6 +53,10 @@ class Recipe:
         seen,has = self.augment.crop_size or self.img_size,self.vit.img_size
         if seen!=has:
             raise ValueError(f'vit.img_size={has}: images have {seen} (augment.crop_size, else img_size)')
+        if self.train.low_res_until and has%(2*self.vit.patch_size):
+            raise ValueError(f'train.low_res_until: half of {has} pixels is no multiple of vit.patch_size')
+        if self.tuning and self.train.watch=='minival':
+            raise ValueError("train.watch='minival': with tuning=True minival is what `valid` means; watch that")
 
 # %% ../nbs/09_recipes.ipynb #2655b980
 def demo()->Recipe:
@@ -108,15 +115,26 @@ RECIPES = {f.__name__:f for f in (demo,sprint,laptop,own_images,fine_tune,origin
                                 original_notebook)}
 
 # %% ../nbs/09_recipes.ipynb #ba895768
+def recipe_data(recipe:Recipe,
+                home:Path|None=None # where packed data is kept
+               )->Pack:
+    "The images that a recipe is about."
+    data = open_data(recipe.data, home, recipe.img_size, recipe.skip_bad)
+    if recipe.classes: data = first_classes(data, recipe.classes)
+    return hold_out(data) if recipe.tuning else data
+
 def splits_of(recipe:Recipe,
               data:Pack
-             )->tuple[Split,Split|None,str]: # to train on, to watch, and the first one's name
+             )->tuple[Split,Split|None]: # to train on, to watch
     "The training images and the watched ones."
-    if recipe.train.watch=='none': return data.train, None, 'train'
-    if recipe.train.watch=='valid': return data.train, data.valid, 'train'
-    per_class = max(1, min(50, int(data.train.labels.bincount().min())//5))
-    fit_on,held = minival_split(data.train.labels, per_class)
-    return data.train.take(fit_on), data.train.take(held), 'train less minival'
+    part = hold_out(data) if recipe.train.watch=='minival' else data
+    return part.train, None if recipe.train.watch=='none' else part.valid
+
+def named_splits(recipe:Recipe)->dict[str,str]:
+    "What a run was trained and judged on, in words."
+    held_out = recipe.tuning or recipe.train.watch=='minival'
+    return dict(train_split='train less minival' if held_out else 'train',
+                split='minival' if recipe.tuning else 'valid')
 
 # %% ../nbs/09_recipes.ipynb #f332e751
 def clean_view(recipe:Recipe, meta:dict)->Callable: # batch -> (B,3,H,W)
@@ -229,14 +247,14 @@ def train(recipe:Recipe,
          )->Run:                         # when it was stopped, not `finished`: call again to go on
     "Carry out a recipe, or go on with it, and write its folder."
     folder = run_folder(recipe, out)
-    data = open_data(recipe.data, home, recipe.img_size, recipe.skip_bad)
+    data = recipe_data(recipe, home)
     began,recipe = time.perf_counter(),fit_to_data(recipe, data)
     state = new_state(recipe, data, folder)
     sittings = resume(state, recipe, data, folder)
     if (folder/'summary.json').exists(): return Run(folder)
     # now, since the checkout may move on meanwhile
     sittings.append(dict(provenance(state.device), precision=state.precision, from_step=state.step))
-    train_on,watched,split_name = splits_of(recipe, data)
+    train_on,watched = splits_of(recipe, data)
     start_record(folder, recipe, data, train_on, sittings)
     def save():
         write_log(folder, state.history)
@@ -244,7 +262,7 @@ def train(recipe:Recipe,
                              state=state.state_dict()), folder/'checkpoint.pt')
     fit_recipe(state, recipe, data, train_on, watched, save, log, began)
     if state.ended in FINISHED:
-        return finish_record(folder, recipe, data, state, split_name, len(train_on.labels), sittings)
+        return finish_record(folder, recipe, data, state, len(train_on.labels), sittings)
     print(f'stopped by {state.ended} in epoch {state.epoch+1}; saved in {folder}, run again to go on')
     return Run(folder)
 
@@ -274,7 +292,7 @@ def find_lr(recipe:Recipe,
             **range_             # low, high, steps: see `lr_finder`
            )->pd.DataFrame:      # lr, loss, smooth; `plot_lr` draws it, `suggest_lr` reads it
     "Loss against learning rate for a recipe's model, data and batch size."
-    data = open_data(recipe.data, home, recipe.img_size, recipe.skip_bad)
+    data = recipe_data(recipe, home)
     recipe = fit_to_data(recipe, data)
     state = new_state(recipe, data)
     return lr_finder(state, *loop_parts(recipe, data, splits_of(recipe,data)[0], state), **range_)
@@ -298,7 +316,7 @@ def selection(cfg:TrainConfig)->str:
 
 # %% ../nbs/09_recipes.ipynb #evalvalid
 def evaluate_valid(folder:Path, recipe:Recipe, data:Pack, state:TrainState)->tuple[Predictions,float]:
-    "Predict the official validation images with the averaged weights; the seconds that it took."
+    "Predict the validation images with the averaged weights; the seconds that it took."
     batches,start = ordered(data.valid, recipe, state),time.perf_counter()
     p = predict_split(state.averaged(), batches.epoch(), clean_view(recipe,data.meta), state.precision)
     eval_s = time.perf_counter()-start
@@ -307,7 +325,7 @@ def evaluate_valid(folder:Path, recipe:Recipe, data:Pack, state:TrainState)->tup
     return p,eval_s
 
 # %% ../nbs/09_recipes.ipynb #830607c3
-def finish_record(folder:Path, recipe:Recipe, data:Pack, state:TrainState, train_split:str, n_images:int,
+def finish_record(folder:Path, recipe:Recipe, data:Pack, state:TrainState, n_images:int,
                   sittings:list[dict])->Run:
     "Evaluate the last averaged weights on valid, once, and write everything that follows from it."
     model,run = state.averaged(),Run(folder)
@@ -323,7 +341,7 @@ def finish_record(folder:Path, recipe:Recipe, data:Pack, state:TrainState, train
     of_first = {k:v for k,v in sittings[0].items() if k not in ('precision','from_step')}
     write_json(folder/'summary.json', dict(   # last, so that a folder with a summary is complete
         recipe=recipe.name, dataset=data.meta['source'], data_sha256=data.meta['data_sha256'],
-        train_split=train_split, selection=selection(recipe.train), split='valid', view='clean',
+        **named_splits(recipe), selection=selection(recipe.train), view='clean',
         n_images=len(p.labels), **{f'valid_{k}':v for k,v in p.summary().items()},
         epochs=epochs, steps=state.step, wall_s=state.wall_s, eval_s=eval_s, peak_gib=peak_gib(state.device),
         images_per_s=n_images*epochs/state.wall_s,

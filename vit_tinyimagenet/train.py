@@ -36,6 +36,7 @@ class TrainConfig:
     compile: bool = False                # compile the network: some minutes at first, faster steps after
     label_smoothing: float = .1          # in [0,1)
     ema_decay: float = .98               # a step; 0 for none
+    low_res_until: float = 0.            # share of the run, at its start, with images of half the side
     patch_drop: tuple[tuple[float,float],...] = () # (from this fraction of the run, share of patches dropped)
     watch: str = 'none'                  # evaluated every epoch: 'minival' (held out), 'valid' or 'none'
     watch_augmented: bool = False        # watch with the training augmentation, as the original did
@@ -54,7 +55,8 @@ def check_train(cfg:TrainConfig):
     minutes = ('budget_minutes','max_minutes')
     check_fields(cfg, ('watch', cfg.watch in watch, one_of(*watch)),
         *((f, getattr(cfg,f)>=1, 'has to be at least 1') for f in ('epochs','batch_size')),
-        *((f, 0<=getattr(cfg,f)<1, 'has to be in [0,1)') for f in ('label_smoothing','ema_decay')),
+        *((f, 0<=getattr(cfg,f)<1, 'has to be in [0,1)')
+          for f in ('label_smoothing','ema_decay','low_res_until')),
         *((f, getattr(cfg,f) is None or getattr(cfg,f)>0, 'has to be above 0, or None') for f in minutes),
         ('patience', not cfg.patience or cfg.watch!='none', "needs watch='minival' or 'valid'"),
         ('patch_drop', in_order, 'give pairs (fraction of the run, share dropped below 1), in order'))
@@ -83,7 +85,9 @@ def supervised_loss(cfg:TrainConfig,
     "Cross-entropy with label smoothing on augmented images, some patches dropped."
     def loss_fn(model:nn.Module, batch:Batch, progress:float):
         x = augment(batch.x, batch.draws, aug, mean, std)
-        keep = patches_to_keep(batch, model.cfg.num_patches, patch_drop_at(progress,cfg.patch_drop))
+        if low := progress<cfg.low_res_until: x = F.avg_pool2d(x, 2)
+        drop = 0. if low else patch_drop_at(progress, cfg.patch_drop)
+        keep = patches_to_keep(batch, model.cfg.num_patches, drop)
         logits = model(x, keep).float()
         loss = F.cross_entropy(logits, batch.y, label_smoothing=cfg.label_smoothing)
         return loss, topk_accuracy(logits.detach(), batch.y)

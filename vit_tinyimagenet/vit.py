@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIT_CHOICES', 'ACTIVATIONS', 'VitConfig', 'check_vit', 'patchify', 'layer_norm', 'PatchEmbed', 'take_tokens',
            'sincos2d', 'Attention', 'Mlp', 'DropPath', 'LayerScale', 'Block', 'VisionTransformer', 'position_table',
-           'add_positions', 'zero_residual', 'torch_clones', 'from_timm', 'resize_positions']
+           'coarse_positions', 'add_positions', 'zero_residual', 'torch_clones', 'from_timm', 'resize_positions']
 
 # %% ../nbs/03_vit.ipynb #b93e0ec8
 import math
@@ -221,6 +221,17 @@ def position_table(cfg:VitConfig)->Tensor: # (1,N,D), or (1,N+1,D) with CLS firs
     shape = 1, cfg.pos_tokens or cfg.num_patches+n_cls, cfg.embed_dim
     return torch.ones(shape) if cfg.pos_embed=='ones' else .02*torch.randn(shape)
 
+# %% ../nbs/03_vit.ipynb #24b4193c
+def coarse_positions(pos:Tensor, # (1,N,D)
+                     n:int       # patches of a smaller image
+                    )->Tensor:   # (1,n,D)
+    "Means over squares, for images of a fraction of the side; raises `ValueError` for others."
+    if n==pos.shape[1]: return pos
+    side,small = (round(math.sqrt(m)) for m in (pos.shape[1],n))
+    if small**2!=n or side%small:
+        raise ValueError(f'{n} patches: {side}x{side} are not whole squares of them')
+    return pos.unflatten(1, (small,side//small,small,side//small)).mean((2,4)).flatten(1,2)
+
 def add_positions(model:VisionTransformer,
                   x:Tensor,         # (B,N,D), or (B,M,D)
                   keep:Tensor|None  # (B,M) int64
@@ -228,6 +239,7 @@ def add_positions(model:VisionTransformer,
     "Tokens with their positions."
     n_cls = int(model.cls_token is not None)
     pos = model.pos_embed[:,n_cls:n_cls+model.cfg.num_patches]
+    if keep is None: pos = coarse_positions(pos, x.shape[1])
     # the table is cast to the stream's type: a float32 table would lift a bfloat16 stream to float32
     x = x + (pos if keep is None else take_tokens(pos,keep)).to(x.dtype)
     if not n_cls: return x
