@@ -202,7 +202,7 @@ def gaussian_blur(x:Tensor,    # (B,3,H,W) float in 0..1
                  )->Tensor:    # (B,3,H,W) float in 0..1
     "Blur each image by its own width, as torchvision's `gaussian_blur` does with 13 taps."
     rows,columns = (blur_matrix(sigma,n)[:,None] for n in x.shape[-2:])
-    return rows@x@columns.mT
+    with torch.autocast(x.device.type, enabled=False): return rows@x@columns.mT   # pixels stay float32
 
 # %% ../nbs/02_augment.ipynb #34c5b248
 def three_augment(x:Tensor,   # (B,3,H,W) float in 0..1
@@ -237,6 +237,8 @@ class AugmentConfig:
     color_jitter:tuple[float,float,float,float] = (0,0,0,0) # strengths: brightness, contrast, saturation, hue
     degrees:float = 0         # rotation in -degrees..degrees
     three_augment:bool = False # make each image grey, solarised or blurred, before the colours change
+    cutmix:float = 0          # share of the images that get a rectangle of another one
+    cutmix_until:float = 1    # share of the run with it
     mean:tuple[float,float,float]|None = None # per channel, in units of 0..1; None: the dataset's
     std:tuple[float,float,float]|None = None  # per channel; None: the dataset's
 
@@ -245,10 +247,10 @@ class AugmentConfig:
         mean,std = ((1,1,1) if v is None else v for v in (self.mean,self.std))
         check_fields(self,
             ('crop_size', size is None or size>0, 'at least 1 pixel, or None for the whole image'),
-            ('pad', self.pad>=0, 'at least 0 pixels'),
+            ('pad', self.pad>=0, 'at least 0 pixels'), ('degrees', 0<=self.degrees<=180, 'between 0 and 180'),
             ('pad_mode', self.pad_mode in ('reflect','constant'), one_of('reflect','constant')),
             ('color_jitter', len(j)==4 and min(j)>=0 and j[3]<=.5, 'four from 0 up, the last at most 0.5'),
-            ('degrees', 0<=self.degrees<=180, 'between 0 and 180'),
+            *((f, 0<=getattr(self,f)<=1, 'between 0 and 1') for f in ('cutmix','cutmix_until')),
             ('mean', len(mean)==3, 'three numbers, one a channel, or None'),
             ('std', len(std)==3 and min(std)>0, 'three numbers above 0, one a channel, or None'))
 

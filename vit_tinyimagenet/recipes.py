@@ -56,7 +56,7 @@ class Recipe:
         if self.train.low_res_until and has%(2*self.vit.patch_size):
             raise ValueError(f'train.low_res_until: half of {has} pixels is no multiple of vit.patch_size')
         if self.tuning and self.train.watch=='minival':
-            raise ValueError("train.watch='minival': with tuning=True minival is what `valid` means; watch that")
+            raise ValueError("train.watch='minival': with tuning=True it is what watch='valid' watches")
 
 # %% ../nbs/09_recipes.ipynb #2655b980
 def demo()->Recipe:
@@ -68,8 +68,10 @@ def demo()->Recipe:
 
 def laptop()->Recipe:
     "2.7M parameters on the real data, for two CPU cores: `results/laptop` has accuracy and time."
-    return Recipe('laptop', augment=AugmentConfig(pad=4), optim=OptimConfig(lr=3e-3),
-                  train=TrainConfig(epochs=18, batch_size=256, patch_drop=((0.,.5),(.7,0.))))
+    # the last epochs without CutMix, on images as they will be met
+    aug = AugmentConfig(pad=4, cutmix=.5, cutmix_until=.85)
+    return Recipe('laptop', augment=aug, optim=OptimConfig(lr=3e-3),
+                  train=TrainConfig(epochs=23, batch_size=128, patch_drop=((0.,.5),(.75,0.))))
 
 def sprint()->Recipe:
     "The original's 32.1% in minutes on two CPU cores: `results/sprint_0` to `_2` have accuracy and time."

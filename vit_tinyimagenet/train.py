@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .augment import AugmentConfig, augment
 from .core import autocast, check_fields, one_of, pick_device, pick_precision, seed_step
+from .cutmix import cutmix
 from .data import Batch
 from .metrics import WeightedMean, topk_accuracy
 from .optim import OptimConfig, make_optimizer
@@ -84,12 +85,14 @@ def supervised_loss(cfg:TrainConfig,
                    )->Callable:       # (model, batch, progress) -> loss, top-1
     "Cross-entropy with label smoothing on augmented images, some patches dropped."
     def loss_fn(model:nn.Module, batch:Batch, progress:float):
-        x = augment(batch.x, batch.draws, aug, mean, std)
+        x,target = augment(batch.x, batch.draws, aug, mean, std),batch.y
+        if aug.cutmix and progress<aug.cutmix_until:
+            x,target = cutmix(x, batch.y, batch.draws, aug.cutmix, model.cfg.num_classes)
         if low := progress<cfg.low_res_until: x = F.avg_pool2d(x, 2)
         drop = 0. if low else patch_drop_at(progress, cfg.patch_drop)
         keep = patches_to_keep(batch, model.cfg.num_patches, drop)
         logits = model(x, keep).float()
-        loss = F.cross_entropy(logits, batch.y, label_smoothing=cfg.label_smoothing)
+        loss = F.cross_entropy(logits, target, label_smoothing=cfg.label_smoothing)
         return loss, topk_accuracy(logits.detach(), batch.y)
     return loss_fn
 
