@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLOCK', 'write_text', 'write_json', 'write_log', 'provenance', 'hardware', 'peak_gib', 'predictions_frame',
-           'recompute', 'Run', 'results_table', 'markdown_table', 'plot_curves', 'plot_final', 'alike',
+           'recompute', 'Run', 'results_table', 'markdown_table', 'plot_curves', 'plot_final', 'plot_ladder', 'alike',
            'run_differences', 'plot_progress', 'LiveCurve']
 
 # %% ../nbs/08_record.ipynb #5da519d2
@@ -155,6 +155,22 @@ def plot_final(logs:dict[str,pd.DataFrame], # name -> log with `epoch` and `vali
         ax.axhline(s['valid_top1']*100, color=f'C{i}', lw=.8, ls=':')
     ax.set(xscale='log', xlabel='passes over the training images', ylabel='valid top-1 (%)')
     ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/08_record.ipynb #14286576
+def plot_ladder(rungs:pd.DataFrame # name, top1 (percent), passes (over the training images), ours (bool)
+               )->plt.Figure:
+    "Accuracy against passes over the training images, ours filled, others' hollow."
+    fig,ax = plt.subplots(figsize=(7.5,4.2))
+    for ours,part in rungs.groupby('ours'):
+        face,edge,label = ('C1','C1','run here') if ours else ('none','gray','published')
+        ax.scatter(part.passes, part.top1, facecolor=face, edgecolor=edge, label=label)
+    for r in rungs.itertuples():
+        ax.annotate(r.name, (r.passes,r.top1), xytext=(-6,0), textcoords='offset points', fontsize=7,
+                    ha='right', va='center', color='black' if r.ours else 'gray')
+    ax.set(xscale='log', xlim=(1,900), xlabel='passes over the training images', ylabel='valid top-1 (%)')
+    ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=8, loc='lower right')
     fig.tight_layout()
     return fig
 
