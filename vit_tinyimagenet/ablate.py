@@ -6,7 +6,7 @@
 __all__ = ['JUDGED', 'override', 'Study', 'write_plan', 'row_of', 'summarise', 'ablate', 'differences', 'plot_differences']
 
 # %% ../nbs/08a_ablate.ipynb #bcaba0e3
-import json
+import json, re
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
@@ -42,7 +42,7 @@ class Study:
     def runs(self)->list[dict]: # run, variant, seed, recipe
         "Every run in its order; raises `ValueError` for a change that does not fit."
         def one(variant:str, seed:int)->dict:
-            run = f'{variant}_{seed}'
+            run = re.sub(r'[^\w.=+-]+', '-', f'{variant}_{seed}')   # a folder's name
             recipe = override(self.base, {**self.variants[variant], 'name':run, 'train.seed':seed})
             return dict(run=run, variant=variant, seed=seed, recipe=recipe)
         return [one(v,s) for s in self.seeds for v in self.variants]

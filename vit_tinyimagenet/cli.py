@@ -94,7 +94,7 @@ def parse_study(argv:list[str])->tuple[Study,AblateArgs]:
     base = known.base if known else judged_on_minival(RECIPES[name]())
     default = AblateArgs(base, known.name if known else tyro.MISSING, seeds=known.seeds if known else (0,))
     args = tyro.cli(AblateArgs, default=default, args=argv[1:], prog=f'vit_ablate {name}')
-    varied = {text.replace('/','_').replace(' ',','):changes_of(text) for text in args.vary}
+    varied = {text:changes_of(text) for text in args.vary}
     variants = {**(known.variants if known else {'base':{}}), **varied}
     return Study(args.study, args.recipe, variants, args.seeds),args
 
