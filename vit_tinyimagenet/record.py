@@ -170,7 +170,7 @@ def plot_ladder(rungs:pd.DataFrame # name, top1 (percent), passes (over the trai
         ax.annotate(r.name, (r.passes,r.top1), xytext=(-6,0), textcoords='offset points', fontsize=7,
                     ha='right', va='center', color='black' if r.ours else 'gray')
     ax.set(xscale='log', xlim=(1,900), xlabel='passes over the training images', ylabel='valid top-1 (%)')
-    ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=8, loc='lower right')
+    ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=8, loc='upper left')
     fig.tight_layout()
     return fig
 
