@@ -122,8 +122,8 @@ def recipe_data(recipe:Recipe,
                )->Pack:
     "The images that a recipe is about."
     data = open_data(recipe.data, home, recipe.img_size, recipe.skip_bad)
-    if recipe.classes: data = first_classes(data, recipe.classes)
-    return hold_out(data) if recipe.tuning else data
+    if recipe.tuning: data = hold_out(data)   # first, so that minival is the same images for fewer classes
+    return first_classes(data, recipe.classes) if recipe.classes else data
 
 def splits_of(recipe:Recipe,
               data:Pack
