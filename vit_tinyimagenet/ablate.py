@@ -7,14 +7,16 @@ __all__ = ['JUDGED', 'override', 'Study', 'write_plan', 'row_of', 'summarise', '
 
 # %% ../nbs/08a_ablate.ipynb #bcaba0e3
 import json, re
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from filelock import FileLock, Timeout
 
-from .record import Run, write_json, write_text
+from .record import Run, config_differences, config_identity, write_json, write_text
 
 # %% ../nbs/08a_ablate.ipynb #9de12cf7
 def override(config:Any,             # a frozen dataclass, such as a recipe
@@ -24,8 +26,9 @@ def override(config:Any,             # a frozen dataclass, such as a recipe
     own,inside = {},{}
     for path,value in changes.items():
         field,_,inner = path.partition('.')
-        if not hasattr(config, field) or (inner and not is_dataclass(getattr(config,field))):
-            raise ValueError(f'{type(config).__name__} has no {path}: {", ".join(vars(config))}')
+        names = [f.name for f in fields(config)]
+        if field not in names or (inner and not is_dataclass(getattr(config,field))):
+            raise ValueError(f'{type(config).__name__} has no {path}: {", ".join(names)}')
         if inner: inside.setdefault(field,{})[inner] = value
         else: own[field] = value
     # at once, since fields may have to fit one another
@@ -40,70 +43,98 @@ class Study:
     variants: dict[str,dict[str,Any]]   # name -> dotted field -> value
     seeds: tuple[int,...] = (0,)
     def runs(self)->list[dict]: # run, variant, seed, recipe
-        "Every run in its order; raises `ValueError` for a change that does not fit."
+        "Every run in its order; raises `ValueError` for a change that does not fit and for equal names."
         def one(variant:str, seed:int)->dict:
             run = re.sub(r'[^\w.=+-]+', '-', f'{variant}_{seed}')   # a folder's name
+            given = self.variants[variant].keys()&{'name','train.seed','tuning','classes'}
+            if given: raise ValueError(f'{variant}: {", ".join(given)} is the same for all of a study')
             recipe = override(self.base, {**self.variants[variant], 'name':run, 'train.seed':seed})
             return dict(run=run, variant=variant, seed=seed, recipe=recipe)
-        return [one(v,s) for s in self.seeds for v in self.variants]
+        runs = [one(v,s) for s in self.seeds for v in self.variants]
+        twice = {r['run'] for r in runs if [q['run'] for q in runs].count(r['run'])>1}
+        if twice: raise ValueError(f'{self.name}: more than one run named {", ".join(sorted(twice))}')
+        return runs
 
 # %% ../nbs/08a_ablate.ipynb #3b66b85d
-def _plain(config:Any)->dict:
-    "A recipe as JSON gives it back, without the place of its data."
-    d = json.loads(json.dumps(asdict(config)))
-    return {**d, **{k:Path(d[k]).name for k in ('data',) if k in d}}
+def _named(config:Any)->dict:
+    "A recipe as JSON gives it back, without the places of its files."
+    d = config_identity(config)
+    return {**d, **{k:Path(d[k]).name for k in ('data','init') if d.get(k)}}
 
-def write_plan(study:Study, folder:Path):
-    "List all runs; raises `ValueError` where one of the same name was planned otherwise."
+def write_plan(study:Study, folder:Path
+              )->dict: # run -> variant, seed, changes, recipe: these and those planned before
+    "List all runs; raises `ValueError` where one that has begun was another then."
     path = folder/'plan.json'
-    before = json.loads(path.read_text())['runs'] if path.exists() else {}
-    said = lambda r: dict(changes=study.variants[r['variant']], recipe=_plain(r['recipe']))
-    runs = {r['run']:said(r) for r in study.runs()}
-    other = [n for n in before.keys()&runs.keys() if before[n]['recipe']!=runs[n]['recipe']]
-    if other: raise ValueError(f'{folder} has other runs named {", ".join(sorted(other))}; rename the study')
-    write_json(path, dict(study=study.name, runs={**before, **runs}))
+    before = json.loads(path.read_text()) if path.exists() else {}
+    def entry(r): return dict(variant=r['variant'], seed=r['seed'], changes=study.variants[r['variant']],
+                              recipe=_named(r['recipe']))
+    now = json.loads(json.dumps({r['run']:entry(r) for r in study.runs()}))
+    for name in before.keys()&now.keys():
+        other = '; '.join(config_differences(before[name]['recipe'], now[name]['recipe']))
+        if other and (folder/name).exists():
+            raise ValueError(f'{folder/name} is of another run; rename the study, or delete it: {other}')
+    write_json(path, plan := {**before, **now})
+    return plan
 
 # %% ../nbs/08a_ablate.ipynb #9b0769ee
 JUDGED = ('top1','top5','loss')
 
-def row_of(planned:dict, folder:Path)->dict:
-    "What a planned run came to; only its name, variant and seed where it is not finished."
-    row = {k:planned[k] for k in ('run','variant','seed')}
+def row_of(name:str, planned:dict, folder:Path)->dict:
+    "What a planned run came to; only its name, variant and seed where it has not ended."
+    row = dict(run=name, variant=planned['variant'], seed=planned['seed'])
+    if (folder/'failed.json').exists(): return row | json.loads((folder/'failed.json').read_text())
     if not folder.exists() or not (run := Run(folder)).finished: return row
     s = run.summary
     row |= dict(split=s['split'], **{k:s[f'valid_{k}'] for k in JUDGED})
-    return row | {k:s[k] for k in ('epochs','steps','wall_s','images_per_s','commit','dirty','hardware')}
+    kept = 'epochs steps wall_s images_per_s precision commit dirty hardware'.split()
+    return row | {k:s[k] for k in kept}
 
-def summarise(runs:pd.DataFrame   # a row a run; unfinished ones have no figures
-             )->pd.DataFrame:     # a row a variant: n, then mean and std of what was judged, and of the rate
-    "Means and standard deviations over seeds."
+def summarise(runs:pd.DataFrame   # a row a run; those that have not ended have no figures
+             )->pd.DataFrame:     # a row a variant: n judged, failed, planned; means and standard deviations
+    "Over seeds; where a run failed, the mean is of those that did not."
     what = [*JUDGED,'images_per_s']
-    by = runs.reindex(columns=['variant',*what]).groupby('variant', sort=False)
-    table = by.agg(['mean','std'])
+    by = runs.reindex(columns=['variant',*what,'failed']).groupby('variant', sort=False)
+    table = by[what].agg(['mean','std'])
     table.columns = [f'{a}_{b}' for a,b in table.columns]
-    return table.assign(n=by.top1.count()).reset_index()
+    counts = dict(n=by.top1.count(), failed=by.failed.count(), planned=by.size())
+    return table.assign(**counts).reset_index()
 
 # %% ../nbs/08a_ablate.ipynb #4583522a
+@contextmanager
+def _alone(folder:Path):
+    "Raise `RuntimeError` where another process carries out the same study."
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder/'.lock', timeout=0): yield
+    except Timeout: raise RuntimeError(f'{folder}: another process is at it') from None
+
+def _tables(plan:dict, folder:Path)->pd.DataFrame:
+    "Write `runs.csv` and `summary.csv` of all that was ever planned; returns the second."
+    runs = pd.DataFrame([row_of(name, p, folder/name) for name,p in plan.items()])
+    summary = summarise(runs)
+    for name,table in (('runs',runs),('summary',summary)):
+        write_text(folder/f'{name}.csv', table.to_csv(index=False))
+    return summary
+
+# %% ../nbs/08a_ablate.ipynb #8088c7d8
 def ablate(study:Study,
            run:Callable,              # carries out a recipe in a folder, such as `train`; returns a `Run`
            out:str|Path='results/ablations'
           )->pd.DataFrame:            # as `summarise` gives it
     "Carry out a study, or go on with it; writes `plan.json`, `runs.csv` and `summary.csv` in `out/<name>`."
     folder,planned = Path(out)/study.name,study.runs()
-    write_plan(study, folder)
-    def tables()->pd.DataFrame:
-        runs = pd.DataFrame([row_of(p, folder/p['run']) for p in planned])
-        summary = summarise(runs)
-        for name,table in (('runs',runs),('summary',summary)):
-            write_text(folder/f'{name}.csv', table.to_csv(index=False))
-        return summary
-    summary = tables()
-    for i,p in enumerate(planned, 1):
-        if (folder/p['run']).exists() and Run(folder/p['run']).finished: continue
-        print(f"{study.name}: run {i} of {len(planned)}, {p['run']}", flush=True)
-        if not run(p['recipe'], folder).finished: break   # told to stop
-        for path in (folder/p['run']).glob('checkpoint.pt*'): path.unlink()   # nobody goes on with it
-        summary = tables()
+    with _alone(folder):
+        plan = write_plan(study, folder)
+        summary = _tables(plan, folder)
+        for i,p in enumerate(planned, 1):
+            at = folder/p['run']
+            if (at/'failed.json').exists() or at.exists() and Run(at).finished: continue
+            print(f"{study.name}: run {i} of {len(planned)}, {p['run']}", flush=True)
+            try:
+                if not run(p['recipe'], folder).finished: break   # told to stop
+            except FloatingPointError as e: write_json(at/'failed.json', dict(failed=str(e)))
+            for path in at.glob('checkpoint.pt*'): path.unlink()   # nobody goes on with it
+            summary = _tables(plan, folder)
     return summary
 
 # %% ../nbs/08a_ablate.ipynb #f3431509

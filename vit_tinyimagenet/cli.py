@@ -7,8 +7,9 @@ __all__ = ['TrainArgs', 'usage', 'chosen', 'parse', 'train_main', 'AblateArgs', 
            'ablate_main', 'in_background']
 
 # %% ../nbs/19_cli.ipynb #2ab4cd6d
-import ast, subprocess, sys
+import subprocess, sys
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,36 +69,39 @@ class AblateArgs:
     "What a command line says of a study."
     recipe: Annotated[Recipe, tyro.conf.arg(name='')]   # the base; it is judged on minival
     study: str                    # the name of its folder
-    vary: tuple[str,...] = ()     # a variant each: 'field=value field=value'
+    vary: tyro.conf.UseAppendAction[tuple[str,...]] = ()   # a variant: 'field=value field=value'
     seeds: tuple[int,...] = (0,)
     out: str = 'results/ablations'   # the study's folder is made inside
     background: bool = False      # go on when this terminal closes; the log is in the study's folder
 
-def changes_of(text:str)->dict[str,Any]: # 'field=value field=value' -> dotted field -> value
-    "A variant as the command line gives it; raises `ValueError` for a pair without `=`."
-    def value(v:str):
-        try: return ast.literal_eval(v)
-        except (ValueError,SyntaxError): return v   # a word
+def changes_of(text:str, base:Recipe)->dict[str,Any]: # 'field=value field=value' -> dotted field -> value
+    "A variant as the command line gives it; exits with 2 and a message for a bad one."
     pairs = [p.partition('=') for p in text.split()]
-    if not all(sep for _,sep,_ in pairs): raise ValueError(f"--vary '{text}': give field=value")
-    return {k:value(v) for k,_,v in pairs}
+    argv = [a for k,_,v in pairs for a in (f'--{k}',*v.split(','))]   # commas within a value: 0,.5,.7,0
+    given = tyro.cli(tyro.conf.FlagConversionOff[Recipe], default=base, args=argv,
+                     prog=f"vit_ablate --vary '{text}'")
+    named = [k.replace('-','_') for k,_,_ in pairs]
+    return {k:attrgetter(k)(given) for k in named}
 
 # %% ../nbs/19_cli.ipynb #c8c5c7d4
 def judged_on_minival(recipe:Recipe)->Recipe:
     "A recipe as a study wants it."
-    return replace(recipe, tuning=True, train=replace(recipe.train, watch='none', patience=0))
+    watch = 'none' if recipe.train.watch=='minival' else recipe.train.watch
+    return replace(recipe, tuning=True, train=replace(recipe.train, watch=watch, patience=0))
 
 def parse_study(argv:list[str])->tuple[Study,AblateArgs]:
     "The study that a command line names or describes, its other options beside it."
     name = chosen('vit_ablate', STUDIES|RECIPES, argv)
     known = STUDIES[name]() if name in STUDIES else None
-    base = known.base if known else judged_on_minival(RECIPES[name]())
-    default = AblateArgs(base, known.name if known else tyro.MISSING, seeds=known.seeds if known else (0,))
+    start = known.base if known else judged_on_minival(RECIPES[name]())
+    default = AblateArgs(start, known.name if known else tyro.MISSING, seeds=known.seeds if known else (0,))
     args = tyro.cli(AblateArgs, default=default, args=argv[1:], prog=f'vit_ablate {name}')
-    varied = {text:changes_of(text) for text in args.vary}
+    base = judged_on_minival(args.recipe)
+    varied = {text:changes_of(text,base) for text in args.vary}
     variants = {**(known.variants if known else {'base':{}}), **varied}
-    return Study(args.study, args.recipe, variants, args.seeds),args
+    return Study(args.study, base, variants, args.seeds),args
 
+# %% ../nbs/19_cli.ipynb #5c449f65
 def ablate_main(argv:list[str]|None=None):
     "The command `vit_ablate`: exit code 0 when all runs are finished, 3 when it was stopped and can go on."
     argv = sys.argv[1:] if argv is None else argv
@@ -108,7 +112,7 @@ def ablate_main(argv:list[str]|None=None):
     except KeyboardInterrupt: sys.exit('vit_ablate: interrupted; run again to go on')
     except (ValueError,OSError,RuntimeError,MemoryError,FloatingPointError) as e: sys.exit(f'vit_ablate: {e}')
     print(summary.round(4).to_string(index=False))
-    if summary.n.min()<len(study.seeds): sys.exit(3)
+    if (summary.n+summary.failed<summary.planned).any(): sys.exit(3)
 
 # %% ../nbs/19_cli.ipynb #0b9f26ef
 def in_background(argv:list[str], folder:Path):

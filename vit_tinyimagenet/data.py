@@ -266,7 +266,8 @@ class Pack:
     def is_intact(self)->bool:
         "Whether every byte is as it was packed; reads all of it."
         sha = hashlib.sha256(json.dumps(self.meta['wnids']).encode())
-        for s in (self.train,self.valid):
+        whole = Pack(self.folder)   # this one may be a part
+        for s in (whole.train,whole.valid):
             for part in s.images.split(5000): sha.update(part.numpy().data)
             sha.update(s.labels.numpy().data)
         return sha.hexdigest()==self.meta['data_sha256']
@@ -365,7 +366,8 @@ class Batches:
 # %% ../nbs/01_data.ipynb #40b497f9
 def channel_mean_probe(pack:Pack)->float:
     "Validation top-1 of a least-squares classifier that sees only an image's mean colour."
-    means = lambda s: torch.nn.functional.pad(s.images.float().mean((2,3))/255, (0,1), value=1.)
+    colours = lambda s: s.images[s.at(slice(None))].float().mean((2,3))/255
+    means = lambda s: torch.nn.functional.pad(colours(s), (0,1), value=1.)
     target = torch.nn.functional.one_hot(pack.train.labels).float()
     weights = torch.linalg.lstsq(means(pack.train), target).solution
     return ((means(pack.valid)@weights).argmax(1)==pack.valid.labels).float().mean().item()

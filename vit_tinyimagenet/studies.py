@@ -63,26 +63,28 @@ def original_small()->Recipe:
                    train=train)
 
 # %% ../nbs/09b_studies.ipynb #1ddce844
-def _all(prefix:str, config:Any)->dict[str,Any]: return {f'{prefix}.{k}':v for k,v in vars(config).items()}
-
 def repairs()->dict[str,dict[str,Any]]: # step -> dotted field -> value
-    "From `original_small` to `proxy`, in the order in which they are made."
-    ours = proxy()
+    "From `original_small` to `proxy`, in the order in which they are made; `plan.json` has every field."
+    ours,theirs = proxy(),original_small()
+    def all_of(part:str)->dict[str,Any]: # where the two differ
+        a,b = vars(getattr(ours,part)),vars(getattr(theirs,part))
+        return {f'{part}.{k}':v for k,v in a.items() if v!=b[k]}
     start = ('weight_init','pos_embed','global_pool','patch_norm','norm_eps','bias')
     return {
-        'lr 1e-3 for 3e-5':     {'optim.lr':1e-3},
-        'no epoch at lr 0':     {'optim.per_epoch':False, 'optim.warmup_epochs':.2,
-                                 'optim.schedule_epochs':None},
-        'pre-norm, GELU':       {'vit.norm_first':True, 'vit.act_layer':'gelu'},
-        'no dropout':           {'vit.drop_rate':0., 'vit.head_drop_rate':0.},
-        'whole images':         {'augment.crop_size':None, 'vit.img_size':64, 'vit.patch_size':8,
-                                 'vit.pos_tokens':None},
-        'decay of matrices':    {'optim.decay_matrices_only':True, 'optim.weight_decay':.05},
-        'start, mean pooling':  {f'vit.{f}':getattr(ours.vit,f) for f in start},
-        'Muon':                 _all('optim', ours.optim),
-        'flip and crop alone':  _all('augment', ours.augment),
-        'the loop':             _all('train', ours.train)}
+        'lr 1e-3':                     {'optim.lr':1e-3},
+        'no epoch at 0, down to 0':    {'optim.per_epoch':False, 'optim.warmup_epochs':.2,
+                                        'optim.schedule_epochs':None},
+        'pre-norm, GELU':              {'vit.norm_first':True, 'vit.act_layer':'gelu'},
+        'no dropout':                  {'vit.drop_rate':0., 'vit.head_drop_rate':0.},
+        'whole images':                {'augment.crop_size':None, 'vit.img_size':64, 'vit.patch_size':8,
+                                        'vit.pos_tokens':None},
+        'decay .05 of matrices alone': {'optim.decay_matrices_only':True, 'optim.weight_decay':.05},
+        'start, pooling, norms':       {f'vit.{f}':getattr(ours.vit,f) for f in start},
+        'Muon at 4e-3, linear':        all_of('optim'),
+        'flip and reflected crop':     all_of('augment'),
+        'smoothing, EMA, fewer patches': all_of('train')}
 
+# %% ../nbs/09b_studies.ipynb #18f2a46e
 def autopsy()->Study:
     "From the original's configuration to the proxy, each step on top of those before it."
     done = accumulate(repairs().values(), or_, initial={})

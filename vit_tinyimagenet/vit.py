@@ -94,6 +94,8 @@ class PatchEmbed(nn.Module):
     def forward(self, x:Tensor,         # (B,3,H,W) float, normalised
                 keep:Tensor|None=None   # (B,M) int64, patches to keep; all when None
                )->Tensor:               # (B,N,D), or (B,M,D)
+        H,W = x.shape[-2:]
+        if H!=W: raise ValueError(f'{H}x{W} pixels: images have to be square')
         x = patchify(x, self.patch_size)
         if keep is not None: x = take_tokens(x, keep)
         return self.proj(self.norm(x))
