@@ -83,6 +83,7 @@ def layer_norm(cfg:VitConfig,
     "The LayerNorm of a config."
     return nn.LayerNorm(dim or cfg.embed_dim, eps=cfg.norm_eps, elementwise_affine=cfg.bias)
 
+# %% ../nbs/03_vit.ipynb #05b3d80a
 class PatchEmbed(nn.Module):
     "Patches to tokens by one matrix product, only for those that are kept."
     def __init__(self, cfg:VitConfig):
