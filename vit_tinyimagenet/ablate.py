@@ -62,7 +62,7 @@ def _named(config:Any)->dict:
     return {**d, **{k:Path(d[k]).name for k in ('data','init') if d.get(k)}}
 
 def write_plan(study:Study, folder:Path
-              )->dict: # run -> variant, seed, changes, recipe: these and those planned before
+              )->dict: # run -> variant, seed, changes, recipe: these, and those that had begun
     "List all runs; raises `ValueError` where one that has begun was another then."
     path = folder/'plan.json'
     before = json.loads(path.read_text()) if path.exists() else {}
@@ -73,7 +73,8 @@ def write_plan(study:Study, folder:Path
         other = '; '.join(config_differences(before[name]['recipe'], now[name]['recipe']))
         if other and (folder/name).exists():
             raise ValueError(f'{folder/name} is of another run; rename the study, or delete it: {other}')
-    write_json(path, plan := {**before, **now})
+    begun = {name:p for name,p in before.items() if (folder/name).exists()}   # of the rest nothing is left
+    write_json(path, plan := {**begun, **now})
     return plan
 
 # %% ../nbs/08a_ablate.ipynb #9b0769ee
@@ -109,7 +110,7 @@ def _alone(folder:Path):
     except Timeout: raise RuntimeError(f'{folder}: another process is at it') from None
 
 def _tables(plan:dict, folder:Path)->pd.DataFrame:
-    "Write `runs.csv` and `summary.csv` of all that was ever planned; returns the second."
+    "Write `runs.csv` and `summary.csv` of a plan; returns the second."
     runs = pd.DataFrame([row_of(name, p, folder/name) for name,p in plan.items()])
     summary = summarise(runs)
     for name,table in (('runs',runs),('summary',summary)):

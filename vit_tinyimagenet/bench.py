@@ -333,7 +333,7 @@ def plot_steps(table:pd.DataFrame # from `bench_steps`
             colors = ['C1' if n==OURS else 'C0' for n in wide.index]
             ax.barh(y, wide[mode], height=.8/len(modes), color=colors, alpha=1-.5*i, label=mode)
         ax.set_yticks(range(len(wide)), wide.index, fontsize=8)
-        if len(modes)>1: ax.legend(frameon=False, fontsize=7, loc='lower right')
+        if len(modes)>1 and ax is axes[0,0]: ax.legend(frameon=False, fontsize=7, loc='lower right')
         ax.set(title=shape, xlabel='training images/s', ylim=(-.7,6.7))
     fig.tight_layout()
     return fig

@@ -265,8 +265,8 @@ class Pack:
         self.train,self.valid = (_load_split(self.folder, s, self.meta) for s in ('train','valid'))
     def is_intact(self)->bool:
         "Whether every byte is as it was packed; reads all of it."
-        sha = hashlib.sha256(json.dumps(self.meta['wnids']).encode())
         whole = Pack(self.folder)   # this one may be a part
+        sha = hashlib.sha256(json.dumps(whole.meta['wnids']).encode())
         for s in (whole.train,whole.valid):
             for part in s.images.split(5000): sha.update(part.numpy().data)
             sha.update(s.labels.numpy().data)
