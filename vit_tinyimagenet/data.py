@@ -7,7 +7,7 @@ __all__ = ['PACK_FORMAT', 'to_rgb', 'open_image', 'to_square', 'decode', 'Chunk'
            'open_data', 'minival_split', 'hold_out', 'first_classes', 'Batch', 'Batches', 'channel_mean_probe']
 
 # %% ../nbs/01_data.ipynb #3ba36781
-import copy, errno, glob, hashlib, io, json, math, os, re, shutil
+import copy, errno, glob, hashlib, io, json, math, mmap, os, re, shutil
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterator, NamedTuple
 
@@ -220,16 +220,22 @@ def pack(source:str|Path,      # a zip or a folder, or what `open_source` made o
 # %% ../nbs/01_data.ipynb #cb6eb211
 class Split(NamedTuple):
     "One split of a pack, or a part of one."
-    images: Tensor            # (n,3,H,W) uint8, memory-mapped
+    images: Tensor            # (n,3,H,W) uint8, memory-mapped: not to be changed in place
     labels: Tensor            # (m,) int64
     files: list[str]          # m names of the source's files
     rows: Tensor|None = None  # (m,) int64, of `images`; None for all of them in order
+    mapped: np.memmap|None = None # what `images` is a view of, where that is a file
     def at(self, index:Tensor|slice)->Tensor|slice: # of the m images -> of the rows of `images`
         "Where images lie."
         return index if self.rows is None else self.rows[index]
     def take(self, index:Tensor)->'Split': # (i,) int64
         "A part of this split; nothing is copied."
-        return Split(self.images, self.labels[index], [self.files[i] for i in index.tolist()], self.at(index))
+        files = [self.files[i] for i in index.tolist()]
+        return self._replace(labels=self.labels[index], files=files, rows=self.at(index))
+    def release(self):
+        "Give the pages of the file back to the system, which keeps them cached while it has no better use."
+        if self.mapped is not None and hasattr(mmap,'MADV_DONTNEED'):   # Windows has none
+            self.mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
 # %% ../nbs/01_data.ipynb #63d2352f
 def _load(folder:Path, name:str, shape:tuple[int,...], dtype)->np.ndarray:
@@ -251,7 +257,7 @@ def _load_split(folder:Path, name:str, meta:dict)->Split:
     except (OSError,ValueError) as e: raise ValueError(f'{folder}/{name}_files.json: {e}; {fix}') from e
     if len(files)!=n or not 0<=y.min()<=y.max()<len(meta['wnids']):
         raise ValueError(f'{folder}: {name} labels or files do not fit its meta.json; {fix}')
-    return Split(torch.from_numpy(x), torch.from_numpy(y), files)
+    return Split(torch.from_numpy(x), torch.from_numpy(y), files, mapped=x)
 
 # %% ../nbs/01_data.ipynb #600a01a3
 class Pack:
@@ -345,7 +351,8 @@ class Batches:
                 ):
         self.split,self.labels,self.device = split,split.labels,device
         if torch.device(device).type=='cuda':   # of a part of a split, only that part
-            self.split = split._replace(images=split.images[split.at(slice(None))].to(device), rows=None)
+            images = split.images[split.at(slice(None))].to(device)
+            self.split = split._replace(images=images, rows=None, mapped=None)
         self.images = self.split.images
         self.batch_size,self.seed,self.shuffle = batch_size,seed,shuffle
     def __len__(self)->int: return math.ceil(len(self.labels)/self.batch_size)
@@ -359,6 +366,7 @@ class Batches:
         for i in range(start*self.batch_size, n, self.batch_size):
             index = order[i:i+self.batch_size]
             positions = torch.arange(i, i+len(index), device=self.device)
+            self.split.release()   # or all of them count as ours by the end
             # plain indexing is eight times as slow
             x = self.images.index_select(0, self.split.at(index).to(self.images.device)).to(self.device)
             yield Batch(x, self.labels[index].to(self.device), Draws(self.seed, epoch, positions))
