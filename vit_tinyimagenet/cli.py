@@ -7,7 +7,7 @@ __all__ = ['TrainArgs', 'usage', 'chosen', 'parse', 'train_main', 'AblateArgs', 
            'ablate_main', 'in_background']
 
 # %% ../nbs/19_cli.ipynb #2ab4cd6d
-import subprocess, sys
+import os, subprocess, sys
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from .ablate import Study, ablate
+from .parallel import TORCHRUN, say
 from .recipes import RECIPES, Recipe, train
 from .record import results_table
 from .studies import STUDIES
@@ -58,8 +59,8 @@ def train_main(argv:list[str]|None=None):
     except KeyboardInterrupt: sys.exit('vit_train: interrupted; run again to go on from the last checkpoint')
     except (ValueError,OSError,RuntimeError,MemoryError,FloatingPointError) as e: sys.exit(f'vit_train: {e}')
     if not run.finished: sys.exit(3)
-    print(results_table([run]).to_string(index=False))
-    print(f'curves, samples, predictions and weights: {run.folder}/')
+    say(results_table([run]).to_string(index=False))
+    say(f'curves, samples, predictions and weights: {run.folder}/')
     top1 = run.summary['valid_top1']
     if top1<args.min_top1: sys.exit(f'vit_train: top-1 {top1:.3f} is below --min-top1 {args.min_top1}')
 
@@ -108,6 +109,7 @@ def ablate_main(argv:list[str]|None=None):
     try: study,args = parse_study(argv)
     except ValueError as e: sys.exit(f'vit_ablate: {e}')
     if args.background: return in_background(argv, Path(args.out)/study.name)
+    if TORCHRUN<=os.environ.keys(): sys.exit('vit_ablate: a run of a study is one process; start it without torchrun')
     try: summary = ablate(study, train, args.out)
     except KeyboardInterrupt: sys.exit('vit_ablate: interrupted; run again to go on')
     except (ValueError,OSError,RuntimeError,MemoryError,FloatingPointError) as e: sys.exit(f'vit_ablate: {e}')

@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'pick_device', 'has_native_bf16', 'pick_precision', 'au
            'seed_step', 'check_fields', 'one_of', 'data_home', 'in_notebook', 'no_bar']
 
 # %% ../nbs/00_core.ipynb #a063dcde
-import contextlib, os, sys, zlib
+import contextlib, copy, os, sys, zlib
 from pathlib import Path
 
 import torch
@@ -80,6 +80,11 @@ class Draws:
         key = torch.tensor(seed, dtype=torch.int64, device=positions.device)
         for part in (epoch, positions): key = mix64(key*_GOLDEN + part + 1)
         self.key,self.device = key,positions.device
+    def __getitem__(self, part:slice)->'Draws':
+        "Those of some of the images."
+        d = copy.copy(self)
+        d.key = self.key[part]
+        return d
     def bits(self, stream:str, # what the numbers are for, such as 'flip'
              n:int             # numbers an image
             )->Tensor:         # (B,n) int64
@@ -99,12 +104,13 @@ def shuffled(n:int,     # items
     return Draws(seed, epoch, torch.arange(n)).bits('order',1)[:,0].argsort(stable=True)
 
 # %% ../nbs/00_core.ipynb #027e89d9
-def seed_step(seed:int, # of the run
-              step:int  # optimiser steps done before this one
+def seed_step(seed:int,  # of the run
+              step:int,  # optimiser steps done before this one
+              rank:int=0 # of the process
              ):
-    "Set torch's generators as a pure function of (seed, step)."
+    "Set torch's generators as a pure function of (seed, step, rank)."
     key = mix64(mix64(torch.tensor(seed)*_GOLDEN + 1) + step)
-    torch.manual_seed(key.item())
+    torch.manual_seed((key if rank==0 else mix64(key + rank)).item())
 
 # %% ../nbs/00_core.ipynb #cac64428
 def check_fields(cfg,   # a dataclass instance
@@ -129,5 +135,5 @@ def in_notebook()->bool:
     return 'ipykernel' in sys.modules
 
 def no_bar()->bool:
-    "Whether to leave progress bars out: neither a terminal nor a notebook is watching."
-    return not (sys.stderr.isatty() or in_notebook())
+    "Whether to leave progress bars out: nobody is watching, or the first of several processes has its own."
+    return not (sys.stderr.isatty() or in_notebook()) or os.environ.get('RANK','0')!='0'

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import Draws, data_home, no_bar, shuffled
+from .parallel import World, shard
 from .sources import MD5, Listing, download, list_source, lock, open_source, writing
 from .twin import make_twin
 
@@ -341,21 +342,30 @@ class Batch(NamedTuple):
     x: Tensor     # (B,3,H,W) uint8
     y: Tensor     # (B,) int64
     draws: Draws  # random numbers of each image
+    weight: float = 1.   # of their mean in that of the whole batch, which several processes may share
+    def parts(self, n:int)->list['Batch']:
+        "Up to `n` parts, which together weigh as much."
+        b = len(self.y)
+        cuts = [c for c in (shard(b,i,n) for i in range(n)) if c.stop>c.start]
+        return [Batch(self.x[c], self.y[c], self.draws[c], self.weight*(c.stop-c.start)/b) for c in cuts]
 
 # %% ../nbs/01_data.ipynb #666095f9
 class Batches:
     "Batches of a split; on CUDA the whole split lives on the device."
     def __init__(self, split:Split, batch_size:int, seed:int=0,
                  shuffle:bool=True,              # another order every epoch
-                 device:torch.device|str='cpu'
+                 device:torch.device|str='cpu',
+                 world:World=World()             # of each batch, this process gets its part
                 ):
-        self.split,self.labels,self.device = split,split.labels,device
+        self.split,self.labels,self.device,self.world = split,split.labels,device,world
         if torch.device(device).type=='cuda':   # of a part of a split, only that part
             images = split.images[split.at(slice(None))].to(device)
             self.split = split._replace(images=images, rows=None, mapped=None)
         self.images = self.split.images
         self.batch_size,self.seed,self.shuffle = batch_size,seed,shuffle
     def __len__(self)->int: return math.ceil(len(self.labels)/self.batch_size)
+    def n_images(self, batch:int)->int: # of a batch, over all processes
+        return min(self.batch_size, len(self.labels)-batch*self.batch_size)
     def epoch(self,
               epoch:int=0, # counted from 0
               start:int=0  # batches to leave out, done before
@@ -363,13 +373,16 @@ class Batches:
         "The batches of one epoch; the last may be smaller."
         n = len(self.labels)
         order = shuffled(n, self.seed, epoch) if self.shuffle else torch.arange(n)
-        for i in range(start*self.batch_size, n, self.batch_size):
-            index = order[i:i+self.batch_size]
-            positions = torch.arange(i, i+len(index), device=self.device)
+        for i in range(start, len(self)):
+            part = shard(whole := self.n_images(i), *self.world)
+            weight = (part.stop-part.start)/whole
+            if not weight: part = slice(0,1)   # to keep in step, an image that counts for nothing
+            positions = torch.arange(part.start, part.stop)+i*self.batch_size
+            index,positions = order[positions],positions.to(self.device)
             self.split.release()   # or all of them count as ours by the end
             # plain indexing is eight times as slow
             x = self.images.index_select(0, self.split.at(index).to(self.images.device)).to(self.device)
-            yield Batch(x, self.labels[index].to(self.device), Draws(self.seed, epoch, positions))
+            yield Batch(x, self.labels[index].to(self.device), Draws(self.seed, epoch, positions), weight)
 
 # %% ../nbs/01_data.ipynb #40b497f9
 def channel_mean_probe(pack:Pack)->float:

@@ -6,7 +6,8 @@
 __all__ = ['RECIPES', 'FORMAT', 'FINISHED', 'Recipe', 'demo', 'laptop', 'sprint', 'original_notebook', 'original_readme',
            'own_images', 'fine_tune', 'recipe_data', 'splits_of', 'named_splits', 'clean_view', 'ordered', 'watcher',
            'identity', 'resume', 'fit_to_data', 'new_state', 'run_folder', 'loop_parts', 'seconds_to_evaluate', 'train',
-           'fit_recipe', 'print_row', 'find_lr', 'start_record', 'selection', 'evaluate_valid', 'finish_record']
+           'train_here', 'fit_recipe', 'print_row', 'find_lr', 'start_record', 'selection', 'evaluate_valid',
+           'finish_record']
 
 # %% ../nbs/09_recipes.ipynb #10e718ee
 import itertools, json, time, warnings
@@ -20,13 +21,14 @@ import torch
 
 from .augment import AugmentConfig, augment, center_normalize
 from .checkpoint import load_checkpoint, previous, save_checkpoint, save_release, start_from
-from .core import check_fields, in_notebook
+from .core import check_fields, in_notebook, pick_device
 from .data import Batches, Pack, Split, first_classes, hold_out, open_data
 from .loop import fit
 from .lr_finder import lr_finder, plot_lr, suggest_lr
 from .metrics import Predictions, predict_split
 from .ops import keep_memory
 from .optim import OptimConfig
+from .parallel import anyone, joined, refuse_differences, say, world
 from .record import (LiveCurve, Run, config_differences, config_identity, peak_gib,
                                      plot_curves, predictions_frame, provenance, write_json, write_log,
                                      write_text)
@@ -177,7 +179,7 @@ def resume(state:TrainState, recipe:Recipe, data:Pack,
     if other: raise ValueError(f'{folder} is of another run; choose another --out, or delete it: {other}')
     state.load_state_dict(saved['state'])
     if (folder/'summary.json').exists(): return saved['sittings']
-    print(f'going on with {folder} after step {state.step}')
+    say(f'going on with {folder} after step {state.step}')
     before = saved['sittings'][-1]['precision']
     if before!=state.precision:
         warnings.warn(f'{folder} was computed in {before} so far, and goes on in {state.precision} on this '
@@ -219,7 +221,7 @@ def run_folder(recipe:Recipe, out:str|Path)->Path:
 # %% ../nbs/09_recipes.ipynb #cde3cc33
 def loop_parts(recipe:Recipe, data:Pack, train_on:Split, state:TrainState)->tuple[Batches,Callable]:
     "A recipe's batches and its loss function."
-    batches = Batches(train_on, recipe.train.batch_size, recipe.train.seed, device=state.device)
+    batches = Batches(train_on, recipe.train.batch_size, recipe.train.seed, device=state.device, world=world())
     return batches, supervised_loss(recipe.train, recipe.augment, data.meta['mean'], data.meta['std'])
 
 def seconds_to_evaluate(recipe:Recipe, data:Pack, state:TrainState)->float:
@@ -237,25 +239,33 @@ def train(recipe:Recipe,
           log:Callable|None=None,        # called with each epoch's row; None: print, or a live curve
           home:Path|None=None            # where packed data is kept
          )->Run:                         # when it was stopped, not `finished`: call again to go on
-    "Carry out a recipe, or go on with it, and write its folder."
-    folder = run_folder(recipe, out)
-    data = recipe_data(recipe, home)
+    "Carry out a recipe, or go on with it, and write its folder; started by torchrun, with others."
+    with joined(pick_device(recipe.train.device)):
+        run = train_here(recipe, run_folder(recipe,out), recipe_data(recipe,home), log)
+        anyone(0)   # all is written before any process leaves
+    return run
+
+def train_here(recipe:Recipe, folder:Path, data:Pack, log:Callable|None)->Run:
+    "What each process does of a run; the first one writes."
     began,recipe = time.perf_counter(),fit_to_data(recipe, data)
     state = new_state(recipe, data, folder)
     sittings = resume(state, recipe, data, folder)
+    refuse_differences(state.step, f'processes stand at different steps: can all of them read {folder}?')
     if (folder/'summary.json').exists(): return Run(folder)
     # now, since the checkout may move on meanwhile
-    sittings.append(dict(provenance(state.device), precision=state.precision, from_step=state.step))
+    here = dict(provenance(state.device), processes=world().size)
+    sittings.append(dict(here, precision=state.precision, from_step=state.step))
     train_on,watched = splits_of(recipe, data)
-    start_record(folder, recipe, data, train_on, sittings)
     def save():
+        if world().rank: return
         write_log(folder, state.history)
         save_checkpoint(dict(format=FORMAT, identity=identity(recipe,data), meta=data.meta, sittings=sittings,
                              state=state.state_dict()), folder/'checkpoint.pt')
+    if not world().rank: start_record(folder, recipe, data, train_on, sittings)
     fit_recipe(state, recipe, data, train_on, watched, save, log, began)
     if state.ended in FINISHED:
         return finish_record(folder, recipe, data, state, len(train_on.labels), sittings)
-    print(f'stopped by {state.ended} in epoch {state.epoch+1}; saved in {folder}, run again to go on')
+    say(f'stopped by {state.ended} in epoch {state.epoch+1}; saved in {folder}, run again to go on')
     return Run(folder)
 
 # %% ../nbs/09_recipes.ipynb #1f5cd627
@@ -268,6 +278,7 @@ def fit_recipe(state:TrainState, recipe:Recipe, data:Pack, train_on:Split, watch
     shown = {}
     if in_notebook(): shown['live'] = LiveCurve()
     plain = (lambda row: None) if shown else print_row
+    if world().rank: log = lambda row: None
     if recipe.train.budget_minutes and state.total_steps is None:
         shown['reserve_s'] = seconds_to_evaluate(recipe,data,state)+time.perf_counter()-began
     state.wall_s += time.perf_counter()-began   # getting ready counts
@@ -314,8 +325,8 @@ def evaluate_valid(folder:Path, recipe:Recipe, data:Pack, state:TrainState)->tup
     batches,start = ordered(data.valid, recipe, state),time.perf_counter()
     p = predict_split(state.averaged(), batches.epoch(), clean_view(recipe,data.meta), state.precision)
     eval_s = time.perf_counter()-start
-    write_text(folder/'valid_predictions.csv',
-               predictions_frame(p, data.valid.files, data.meta['wnids']).to_csv(index=False))
+    frame = predictions_frame(p, data.valid.files, data.meta['wnids'])
+    if not world().rank: write_text(folder/'valid_predictions.csv', frame.to_csv(index=False))
     return p,eval_s
 
 # %% ../nbs/09_recipes.ipynb #830607c3
@@ -324,6 +335,7 @@ def finish_record(folder:Path, recipe:Recipe, data:Pack, state:TrainState, n_ima
     "Evaluate the last averaged weights on valid, once, and write everything that follows from it."
     model,run = state.averaged(),Run(folder)
     p,eval_s = evaluate_valid(folder, recipe, data, state)
+    if world().rank: return run
     seen = dict(mean=recipe.augment.mean or data.meta['mean'], std=recipe.augment.std or data.meta['std'])
     save_release(model, folder/'model.safetensors', {**data.meta, **seen})
     for what in ('top1','loss'):

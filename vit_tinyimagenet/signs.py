@@ -43,15 +43,15 @@ def gradient_norm(model:nn.Module)->float: # 0 where there are no gradients
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(grads).item() if grads else 0.
 
-def refuse_nonfinite(losses:list[Tensor], # 0-d, of the latest steps
-                     step:int,            # number of the last of them, counted from 1
+def refuse_nonfinite(steps:tuple[int,...],     # their numbers, counted from 1
+                     losses:tuple[Tensor,...], # 0-d, of these steps
                      lr:float, model:nn.Module):
     "Raise `FloatingPointError` where a loss is not finite."
     values = torch.stack(losses).tolist()
     bad = next((i for i,v in enumerate(values) if not math.isfinite(v)), None)
     if bad is None: return
     raise FloatingPointError(
-        f'loss is {values[bad]} at step {step-len(values)+bad+1}, lr {lr:.3g}, gradient norm '
+        f'loss is {values[bad]} at step {steps[bad]}, lr {lr:.3g}, gradient norm '
         f'{gradient_norm(model):.3g} (last known): lower optim.lr, lengthen optim.warmup_epochs, or '
         "try precision='fp32' (another run, in another folder); the last checkpoint is from before")
 
