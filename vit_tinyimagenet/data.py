@@ -232,6 +232,9 @@ class Split(NamedTuple):
         "A part of this split; nothing is copied."
         files = [self.files[i] for i in index.tolist()]
         return self._replace(labels=self.labels[index], files=files, rows=self.at(index))
+    def to(self, device:torch.device|str)->'Split':
+        "With its images in a device's memory; of a part, only that part."
+        return self._replace(images=self.images[self.at(slice(None))].to(device), rows=None, mapped=None)
     def release(self):
         "Give the pages of the file back to the system, which keeps them cached while it has no better use."
         if self.mapped is not None and hasattr(mmap,'MADV_DONTNEED'):   # Windows has none
@@ -349,11 +352,8 @@ class Batches:
                  shuffle:bool=True,              # another order every epoch
                  device:torch.device|str='cpu'
                 ):
-        self.split,self.labels,self.device = split,split.labels,device
-        if torch.device(device).type=='cuda':   # of a part of a split, only that part
-            images = split.images[split.at(slice(None))].to(device)
-            self.split = split._replace(images=images, rows=None, mapped=None)
-        self.images = self.split.images
+        self.split = split.to(device) if torch.device(device).type=='cuda' else split
+        self.images,self.labels,self.device = self.split.images,split.labels,device
         self.batch_size,self.seed,self.shuffle = batch_size,seed,shuffle
     def __len__(self)->int: return math.ceil(len(self.labels)/self.batch_size)
     def epoch(self,
