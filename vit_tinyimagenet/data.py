@@ -220,7 +220,7 @@ def pack(source:str|Path,      # a zip or a folder, or what `open_source` made o
 # %% ../nbs/01_data.ipynb #cb6eb211
 class Split(NamedTuple):
     "One split of a pack, or a part of one."
-    images: Tensor            # (n,3,H,W) uint8, memory-mapped: not to be changed in place
+    images: Tensor            # (n,3,H,W) uint8, memory-mapped; what is changed in place gets lost
     labels: Tensor            # (m,) int64
     files: list[str]          # m names of the source's files
     rows: Tensor|None = None  # (m,) int64, of `images`; None for all of them in order
@@ -238,7 +238,7 @@ class Split(NamedTuple):
     def release(self):
         "Give the pages of the file back to the system, which keeps them cached while it has no better use."
         if self.mapped is not None and hasattr(mmap,'MADV_DONTNEED'):   # Windows has none
-            self.mapped._mmap.madvise(mmap.MADV_DONTNEED)
+            self.mapped._mmap.madvise(mmap.MADV_DONTNEED)   # numpy has no public way to it
 
 # %% ../nbs/01_data.ipynb #63d2352f
 def _load(folder:Path, name:str, shape:tuple[int,...], dtype)->np.ndarray:
