@@ -168,19 +168,18 @@ def plot_differences(table:pd.DataFrame, # from `differences`
 def plot_waterfall(table:pd.DataFrame, # variant, top1 (a fraction), in the order of the steps
                    n_images:int        # judged on
                   )->plt.Figure:
-    "Accuracy from step to step, the points that each brought, and the standard error of an accuracy on so many images."
+    "Accuracy from step to step, what each brought, and the standard error of an accuracy on so many images."
     top1 = 100*table.top1.to_numpy()
-    gain,start = top1-[0,*top1[:-1]],top1[0]
+    gain = top1-[0,*top1[:-1]]
     se = (top1*(100-top1)/n_images)**.5
     fig,ax = plt.subplots(figsize=(7,.8+.34*len(top1)))
-    colors = ['C7','C0','C3']   # where it starts, up, down
-    ax.barh(table.variant, gain, left=top1-gain, xerr=se, capsize=2,
-            color=[colors[0], *(colors[1 if g>=0 else 2] for g in gain[1:])])
+    colors = ['C7', *('C0' if g>=0 else 'C3' for g in gain[1:])]   # where it starts, up, down
+    ax.barh(table.variant, gain, left=top1-gain, xerr=se, capsize=2, color=colors)
     right = max(top1+se)
     for y,(g,at,e) in enumerate(zip(gain, top1, se)):
         ax.text(max(at,at-g)+e+.01*right, y, f'{at:.1f}' if y==0 else f'{g:+.1f}', va='center', fontsize=8)
-    ax.axvline(start, color='black', lw=.8, ls=':')
-    ax.invert_yaxis(); ax.set(xlabel=f'top-1 (%) of {n_images:,} minival images', xlim=(0,1.08*right))
+    ax.axvline(top1[0], color='black', lw=.8, ls=':')
+    ax.invert_yaxis(); ax.set(xlabel=f'top-1 (%) of {n_images:,} minival images', xlim=(0,1.12*right))
     ax.grid(axis='x', alpha=.3)
     fig.tight_layout()
     return fig

@@ -27,6 +27,7 @@ class TrainArgs:
     "What a command line says besides the recipe."
     recipe: Annotated[Recipe, tyro.conf.arg(name='')]   # its fields keep their own names
     out: str = 'results'     # the run's folder is made inside
+    mirror: str|None = None  # a second place for that folder, such as a mounted drive
     min_top1: float = 0.     # exit code 1 when the final top-1 is below this fraction
 
 def usage(prog:str, named:dict)->str:
@@ -38,10 +39,8 @@ def usage(prog:str, named:dict)->str:
 def chosen(prog:str, named:dict, argv:list[str])->str:
     "The first argument, one of `named`; exits with 2 and a message for a bad one."
     name = argv[0] if argv else '--help'
-    if name in ('-h','--help'):
-        print(usage(prog, named))
-        sys.exit(0)
     if name in named: return name
+    if name in ('-h','--help'): print(usage(prog, named)); sys.exit(0)
     print(f"{prog}: no '{name}'\n{usage(prog,named)}", file=sys.stderr)
     sys.exit(2)
 
@@ -55,7 +54,7 @@ def parse(argv:list[str])->TrainArgs:
 def train_main(argv:list[str]|None=None):
     "The command `vit_train`: exit code 0 when the run is finished, 3 when it was stopped and can go on."
     args = parse(sys.argv[1:] if argv is None else argv)
-    try: run = train(args.recipe, args.out)
+    try: run = train(args.recipe, args.out, mirror=args.mirror)
     except KeyboardInterrupt: sys.exit('vit_train: interrupted; run again to go on from the last checkpoint')
     except (ValueError,OSError,RuntimeError,MemoryError,FloatingPointError) as e: sys.exit(f'vit_train: {e}')
     if not run.finished: sys.exit(3)
@@ -109,7 +108,7 @@ def ablate_main(argv:list[str]|None=None):
     try: study,args = parse_study(argv)
     except ValueError as e: sys.exit(f'vit_ablate: {e}')
     if args.background: return in_background(argv, Path(args.out)/study.name)
-    if TORCHRUN<=os.environ.keys(): sys.exit('vit_ablate: a run of a study is one process; start it without torchrun')
+    if TORCHRUN<=os.environ.keys(): sys.exit('vit_ablate: its runs have one process each: not by torchrun')
     try: summary = ablate(study, train, args.out)
     except KeyboardInterrupt: sys.exit('vit_ablate: interrupted; run again to go on')
     except (ValueError,OSError,RuntimeError,MemoryError,FloatingPointError) as e: sys.exit(f'vit_ablate: {e}')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACK_FORMAT', 'to_rgb', 'open_image', 'to_square', 'decode', 'Chunk', 'read_meta', 'pack', 'Split', 'Pack',
-           'open_data', 'minival_split', 'hold_out', 'first_classes', 'Batch', 'Batches', 'channel_mean_probe']
+           'open_data', 'minival_split', 'hold_out', 'first_classes', 'Batch', 'own_part', 'Batches',
+           'channel_mean_probe']
 
 # %% ../nbs/01_data.ipynb #3ba36781
 import copy, errno, glob, hashlib, io, json, math, mmap, os, re, shutil
@@ -221,7 +222,7 @@ def pack(source:str|Path,      # a zip or a folder, or what `open_source` made o
 # %% ../nbs/01_data.ipynb #cb6eb211
 class Split(NamedTuple):
     "One split of a pack, or a part of one."
-    images: Tensor            # (n,3,H,W) uint8, memory-mapped: not to be changed in place
+    images: Tensor            # (n,3,H,W) uint8, memory-mapped; what is changed in place gets lost
     labels: Tensor            # (m,) int64
     files: list[str]          # m names of the source's files
     rows: Tensor|None = None  # (m,) int64, of `images`; None for all of them in order
@@ -233,10 +234,17 @@ class Split(NamedTuple):
         "A part of this split; nothing is copied."
         files = [self.files[i] for i in index.tolist()]
         return self._replace(labels=self.labels[index], files=files, rows=self.at(index))
+    def to(self, device:torch.device|str)->'Split':
+        "With its images in a device's memory; of a part, only that part."
+        return self._replace(images=self.images[self.at(slice(None))].to(device), rows=None, mapped=None)
+    def read(self, index:Tensor, device:torch.device|str)->Tensor: # (i,) int64 -> (i,3,H,W) uint8
+        "Images, copied to a device."
+        self.release()   # or all that was ever read counts as ours. Plain indexing is eight times as slow:
+        return self.images.index_select(0, self.at(index).to(self.images.device)).to(device)
     def release(self):
         "Give the pages of the file back to the system, which keeps them cached while it has no better use."
         if self.mapped is not None and hasattr(mmap,'MADV_DONTNEED'):   # Windows has none
-            self.mapped._mmap.madvise(mmap.MADV_DONTNEED)
+            self.mapped._mmap.madvise(mmap.MADV_DONTNEED)   # numpy has no public way to it
 
 # %% ../nbs/01_data.ipynb #63d2352f
 def _load(folder:Path, name:str, shape:tuple[int,...], dtype)->np.ndarray:
@@ -349,6 +357,14 @@ class Batch(NamedTuple):
         cuts = [c for c in (shard(b,i,n) for i in range(n)) if c.stop>c.start]
         return [Batch(self.x[c], self.y[c], self.draws[c], self.weight*(c.stop-c.start)/b) for c in cuts]
 
+def own_part(start:int, # position of a batch in the epoch's order
+             n:int,     # its images
+             world:World)->tuple[Tensor,float]: # positions of this process's images, the weight of their mean
+    "What a process takes of a batch: to keep in step at least one image, which may count for nothing."
+    part = shard(n, *world)
+    own = range(n)[part] or range(1)
+    return start+torch.arange(own.start, own.stop), (part.stop-part.start)/n
+
 # %% ../nbs/01_data.ipynb #666095f9
 class Batches:
     "Batches of a split; on CUDA the whole split lives on the device."
@@ -357,11 +373,8 @@ class Batches:
                  device:torch.device|str='cpu',
                  world:World=World()             # of each batch, this process gets its part
                 ):
-        self.split,self.labels,self.device,self.world = split,split.labels,device,world
-        if torch.device(device).type=='cuda':   # of a part of a split, only that part
-            images = split.images[split.at(slice(None))].to(device)
-            self.split = split._replace(images=images, rows=None, mapped=None)
-        self.images = self.split.images
+        self.split = split.to(device) if torch.device(device).type=='cuda' else split
+        self.labels,self.device,self.world = split.labels,device,world
         self.batch_size,self.seed,self.shuffle = batch_size,seed,shuffle
     def __len__(self)->int: return math.ceil(len(self.labels)/self.batch_size)
     def n_images(self, batch:int)->int: # of a batch, over all processes
@@ -374,15 +387,10 @@ class Batches:
         n = len(self.labels)
         order = shuffled(n, self.seed, epoch) if self.shuffle else torch.arange(n)
         for i in range(start, len(self)):
-            part = shard(whole := self.n_images(i), *self.world)
-            weight = (part.stop-part.start)/whole
-            if not weight: part = slice(0,1)   # to keep in step, an image that counts for nothing
-            positions = torch.arange(part.start, part.stop)+i*self.batch_size
-            index,positions = order[positions],positions.to(self.device)
-            self.split.release()   # or all of them count as ours by the end
-            # plain indexing is eight times as slow
-            x = self.images.index_select(0, self.split.at(index).to(self.images.device)).to(self.device)
-            yield Batch(x, self.labels[index].to(self.device), Draws(self.seed, epoch, positions), weight)
+            positions,weight = own_part(i*self.batch_size, self.n_images(i), self.world)
+            index,draws = order[positions],Draws(self.seed, epoch, positions.to(self.device))
+            x,y = self.split.read(index, self.device),self.labels[index].to(self.device)
+            yield Batch(x, y, draws, weight)
 
 # %% ../nbs/01_data.ipynb #40b497f9
 def channel_mean_probe(pack:Pack)->float:

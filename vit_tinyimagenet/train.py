@@ -121,10 +121,9 @@ class TrainState(Progress):
     def __init__(self, model:nn.Module, optim:OptimConfig, cfg:TrainConfig):
         super().__init__()
         self.cfg,self.optim,self.device = cfg,optim,pick_device(cfg.device)
-        self.precision = pick_precision(self.device, cfg.precision)
-        self.model,self.opt = model.to(self.device),make_optimizer(model, optim)
-        average = get_ema_multi_avg_fn(cfg.ema_decay)
-        self.ema = AveragedModel(self.model, multi_avg_fn=average) if cfg.ema_decay else None
+        self.precision,self.model = pick_precision(self.device, cfg.precision),model.to(self.device)
+        self.opt,self.ema,decay = make_optimizer(model, optim),None,cfg.ema_decay
+        if decay: self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         if cfg.compile: self.model.compile(dynamic=False)
         self.ddp = Parallel(self.model) if world().size>1 else self.model   # what a step goes through
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision=='fp16')
@@ -165,6 +164,7 @@ def gradients(state:TrainState, batch:Batch, loss_fn:Callable, progress:float)->
         means += part.weight*torch.stack([loss.detach(), top1])
     return summed(means)
 
+# %% ../nbs/07_train.ipynb #74025ab0
 def train_step(state:TrainState,
                batch:Batch,
                loss_fn:Callable,   # (model, batch, progress) -> loss, top-1
