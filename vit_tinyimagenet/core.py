@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'pick_device', 'has_native_bf16', 'pick_precision', 'autocast', 'mix64', 'Draws', 'shuffled',
-           'seed_step', 'check_fields', 'one_of', 'data_home', 'in_notebook', 'no_bar']
+           'seed_step', 'deterministic', 'check_fields', 'one_of', 'check_types', 'data_home', 'in_notebook', 'no_bar']
 
 # %% ../nbs/00_core.ipynb #a063dcde
-import contextlib, copy, os, sys, zlib
+import contextlib, copy, math, os, sys, zlib
+from dataclasses import fields
 from pathlib import Path
+from typing import Iterator
 
 import torch
 from torch import Tensor
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 # %% ../nbs/00_core.ipynb #7e555d9f
 def pick_device(name:str='auto' # 'auto', 'cuda', 'mps' or 'cpu'
@@ -112,6 +115,17 @@ def seed_step(seed:int,  # of the run
     key = mix64(mix64(torch.tensor(seed)*_GOLDEN + 1) + step)
     torch.manual_seed((key if rank==0 else mix64(key + rank)).item())
 
+# %% ../nbs/00_core.ipynb #a69c8c08
+@contextlib.contextmanager
+def deterministic(on:bool=True # False: nothing changes
+                 )->Iterator[None]:
+    "Only operations that give the same bits each time on a device; `RuntimeError` for one with no such form."
+    before = torch.are_deterministic_algorithms_enabled()
+    if on: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # cuBLAS looks there when it starts
+    torch.use_deterministic_algorithms(on or before)
+    try: yield
+    finally: torch.use_deterministic_algorithms(before)
+
 # %% ../nbs/00_core.ipynb #cac64428
 def check_fields(cfg,   # a dataclass instance
                  *rules # (field, whether it is right, what would be)
@@ -123,6 +137,18 @@ def check_fields(cfg,   # a dataclass instance
 def one_of(*allowed:str)->str:
     "The fix of a field with a few allowed values."
     return f"choose one of {', '.join(map(repr,allowed))}"
+
+# %% ../nbs/00_core.ipynb #991137b1
+def check_types(cfg): # a dataclass instance
+    "Raise `ValueError` for the first field that is not of its annotated type, or not finite."
+    for f in fields(cfg):
+        value,kind = getattr(cfg,f.name),getattr(f.type,'__name__',f.type)
+        try: check_type(value, f.type, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError as e: raise ValueError(f'{f.name}={value!r}: has to be {kind}') from e
+        if isinstance(value,bool)!=(f.type is bool): raise ValueError(f'{f.name}={value!r}: has to be {kind}')
+        numbers = value if isinstance(value,tuple) else (value,)
+        if any(isinstance(v,float) and not math.isfinite(v) for v in numbers):
+            raise ValueError(f'{f.name}={value!r}: has to be finite')
 
 # %% ../nbs/00_core.ipynb #6de172fb
 def data_home()->Path:

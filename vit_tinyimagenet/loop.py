@@ -170,13 +170,13 @@ def fit(state:TrainState, batches:Batches, loss_fn:Callable,
         reserve_s:float=0.              # of a time budget, for what follows
        )->list[dict]:                   # the history; `state.ended` says why it ends here
     "Train to the end of the run, or until stopped; may be called again, with a restored state too."
-    mark = time.perf_counter()
+    mark,cfg = time.perf_counter(),state.cfg
     def count_and_save():
         nonlocal mark
         state.wall_s,mark = state.wall_s+time.perf_counter()-mark,time.perf_counter()
         look_at_losses(state)
         save()
-    with StopRequest(state.cfg.max_minutes) as stop, explain_out_of_memory(state.cfg.batch_size):
+    with StopRequest(cfg.max_minutes) as stop, explain_out_of_memory(cfg.batch_size, cfg.accumulate):
         if state.total_steps is None:
             begin(state, batches, loss_fn, evaluate, save, num_classes, reserve_s)
             count_and_save()   # the length, so that whatever happens next it is not fixed anew

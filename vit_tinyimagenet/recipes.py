@@ -22,7 +22,7 @@ import torch
 from .augment import AugmentConfig, augment, center_normalize
 from .checkpoint import (load_checkpoint, mirror_run, previous, restore_run, save_checkpoint,
                                          save_release, start_from)
-from .core import check_fields, in_notebook, pick_device
+from .core import check_fields, check_types, deterministic, in_notebook, pick_device
 from .data import Batches, Pack, Split, first_classes, hold_out, open_data
 from .loop import fit
 from .lr_finder import lr_finder, plot_lr, suggest_lr
@@ -53,6 +53,7 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     def __post_init__(self):
+        check_types(self)
         seen,has = self.augment.crop_size or self.img_size,self.vit.img_size
         if seen!=has:
             raise ValueError(f'vit.img_size={has}: images have {seen} (augment.crop_size, else img_size)')
@@ -278,7 +279,7 @@ def train(recipe:Recipe,
           mirror:str|Path|None=None      # a second place for the run's folder, such as a mounted drive
          )->Run:                         # when it was stopped, not `finished`: call again to go on
     "Carry out a recipe, or go on with it, and write its folder; started by torchrun, with others."
-    with joined(pick_device(recipe.train.device)):
+    with joined(pick_device(recipe.train.device)), deterministic(recipe.train.deterministic):
         run = train_here(recipe, run_folder(recipe,out), recipe_data(recipe,home), log,
                          mirror and Path(mirror)/recipe.name)
         anyone(0)   # all is written before any process leaves

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CLOCK', 'MAY_DIFFER', 'write_text', 'write_json', 'write_log', 'provenance', 'hardware', 'peak_gib',
            'predictions_frame', 'recompute', 'Run', 'results_table', 'markdown_table', 'plot_curves', 'plot_final',
-           'plot_ladder', 'alike', 'run_differences', 'config_identity', 'config_differences', 'plot_progress',
-           'LiveCurve']
+           'plot_ladder', 'plot_kills', 'plot_series', 'alike', 'run_differences', 'config_identity',
+           'config_differences', 'plot_progress', 'LiveCurve']
 
 # %% ../nbs/08_record.ipynb #5da519d2
 import io, json, os, platform, shutil, subprocess, sys, time
@@ -174,6 +174,30 @@ def plot_ladder(rungs:pd.DataFrame # name, top1 (percent), passes (over the trai
                     ha='right', va='center', color='black' if r.ours else 'gray')
     ax.set(xscale='log', xlim=(1,900), xlabel='passes over the training images', ylabel='valid top-1 (%)')
     ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=8, loc='upper left')
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/08_record.ipynb #e8319f66
+def plot_kills(kills:pd.DataFrame # a row a kill: case, killed_in
+              )->plt.Figure:
+    "How often each case was killed, by the place that it fell in."
+    counts = pd.crosstab(kills.case, kills.killed_in).loc[lambda t: t.sum(axis=1).sort_values().index]
+    fig,ax = plt.subplots(figsize=(7,.5*len(counts)+1.2))
+    counts.plot.barh(stacked=True, ax=ax, width=.6, cmap='viridis')
+    ax.set(xlabel='kills', ylabel='')
+    ax.legend(title='killed in', frameon=False, fontsize=7, loc='center left', bbox_to_anchor=(1,.5))
+    fig.tight_layout()
+    return fig
+
+def plot_series(series:pd.DataFrame, # a curve a column, over the index
+                ylabel:str,
+                **axes               # of matplotlib: xscale, ylim
+               )->plt.Figure:
+    "Curves over one axis, which has the name of the index."
+    fig,ax = plt.subplots(figsize=(6,3.2))
+    for name,curve in series.items(): ax.plot(curve.dropna(), label=name)
+    ax.set(xlabel=series.index.name, ylabel=ylabel, **axes)
+    ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=8)
     fig.tight_layout()
     return fig
 

@@ -57,13 +57,15 @@ def refuse_nonfinite(steps:tuple[int,...],     # their numbers, counted from 1
 
 # %% ../nbs/06a_signs.ipynb #ceb5bead
 @contextlib.contextmanager
-def explain_out_of_memory(batch_size:int):
-    "Inside, running out of memory raises a `MemoryError` that says which batch size to try."
+def explain_out_of_memory(batch_size:int, # of a step
+                          accumulate:int=1 # parts that it goes through in
+                         ):
+    "Inside, running out of memory raises a `MemoryError` that says what to try."
     try: yield
     except (RuntimeError,MemoryError) as e:   # torch's own error is a RuntimeError; the CPU's has no class
         signs = ('out of memory', "can't allocate memory", 'Unable to allocate')
         if not isinstance(e,MemoryError) and not any(s in str(e) for s in signs): raise
-        half = max(1, batch_size//2)
         said = str(e).strip().splitlines()[0] if str(e) else 'no more'
-        raise MemoryError(f'out of memory at batch_size={batch_size}: try {half} (another run, in another '
-                          f'folder), or a smaller model. The allocator says: {said}') from e
+        parts = f'accumulate={2*accumulate}, the same run in parts, or ' if batch_size>2*accumulate else ''
+        raise MemoryError(f'out of memory at batch_size={batch_size}: try {parts}a smaller model. '
+                          f'The allocator says: {said}') from e

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .augment import AugmentConfig, augment
-from .core import autocast, check_fields, one_of, pick_device, pick_precision, seed_step
+from .core import (PRECISIONS, autocast, check_fields, check_types, one_of, pick_device,
+                                   pick_precision, seed_step)
 from .cutmix import cutmix
 from .data import Batch
 from .metrics import WeightedMean, topk_accuracy
@@ -36,6 +37,7 @@ class TrainConfig:
     seed: int = 0
     device: str = 'auto'                 # 'auto', 'cuda', 'mps' or 'cpu'
     precision: str = 'auto'              # 'auto', 'bf16', 'fp16' or 'fp32'
+    deterministic: bool = False          # the same bits each time also on CUDA, where that is slower
     compile: bool = False                # compile the network: some minutes at first, faster steps after
     label_smoothing: float = .1          # in [0,1)
     ema_decay: float = .98               # a step; 0 for none
@@ -52,7 +54,8 @@ class TrainConfig:
 
 # %% ../nbs/07_train.ipynb #3b672985
 def check_train(cfg:TrainConfig):
-    "Raise `ValueError` for the first field that is out of range."
+    "Raise `ValueError` for the first field that is of a wrong type or out of range."
+    check_types(cfg)
     drops,watch = cfg.patch_drop,('none','minival','valid')
     in_order = all(0<=a<=1 and 0<=b<1 for a,b in drops) and list(drops)==sorted(drops)
     minutes = ('budget_minutes','max_minutes')
@@ -60,7 +63,10 @@ def check_train(cfg:TrainConfig):
         *((f, getattr(cfg,f)>=1, 'has to be at least 1') for f in ('epochs','batch_size','accumulate')),
         *((f, 0<=getattr(cfg,f)<1, 'has to be in [0,1)')
           for f in ('label_smoothing','ema_decay','low_res_until')),
+        *((f, getattr(cfg,f)>=0, 'has to be 0 or more')
+          for f in ('patience','min_delta','checkpoint_minutes')),
         *((f, getattr(cfg,f) is None or getattr(cfg,f)>0, 'has to be above 0, or None') for f in minutes),
+        ('precision', cfg.precision in PRECISIONS, one_of(*PRECISIONS)),
         ('patience', not cfg.patience or cfg.watch!='none', "needs watch='minival' or 'valid'"),
         ('patch_drop', in_order, 'give pairs (fraction of the run, share dropped below 1), in order'))
 
