@@ -145,7 +145,8 @@ class Torture:
         order = self.draw.sample([p for p in ('step', 'checkpoint', 'evaluation') for _ in range(n)], 3*n) + ['record']*n
         for place in order:
             nth = self.draw.randint(1, STEPS) if place in ('step', 'checkpoint') else 1
-            fall = Fall(place, nth, self.draw.uniform(0, median(alone['took'][place])))
+            longest = .5 if place == 'record' else 1   # or the run might end before
+            fall = Fall(place, nth, self.draw.uniform(0, longest*median(alone['took'][place])))
             out = self.sit('killed', command, fall)
             self.then('one process', out)
             self.note('one process', fall, out)
@@ -158,7 +159,7 @@ class Torture:
         pack = lambda name: [*self.python, 'pack', self.archive, str(home(name))]
         seconds = ended(self.sit('pack', pack('alone')))['took']['pack'][0]
         for _ in range(n):
-            fall = Fall('pack', 1, self.draw.uniform(0, seconds))
+            fall = Fall('pack', 1, self.draw.uniform(0, .7*seconds))
             self.note('pack', fall, self.sit('pack', pack('killed'), fall))
         ended(self.sit('pack', pack('killed')))
         packs = [data.open_data(self.archive, home(name)) for name in ('alone', 'killed')]
@@ -180,7 +181,7 @@ class Torture:
         seconds, differ = ended(self.sit('fix_val', sort('alone')))['took']['fix_val'][0], []
         for _ in range(n):
             shutil.copytree(tree('fresh'), tree('killed'))
-            fall = Fall('fix_val', 1, self.draw.uniform(0, seconds))
+            fall = Fall('fix_val', 1, self.draw.uniform(0, .7*seconds))
             self.note('fix_val', fall, self.sit('fix_val', sort('killed'), fall))
             ended(self.sit('fix_val', sort('killed')))
             if files('killed') != files('alone'): differ.append('fix_val')

@@ -32,7 +32,8 @@ class OptimConfig:
         check_fields(self, ('opt', self.opt in ('muon','adamw'), one_of('muon','adamw')),
             ('schedule', self.schedule in ('linear','cosine'), one_of('linear','cosine')),
             ('betas', all(0<=b<1 for b in self.betas), 'two numbers in [0,1)'),
-            ('schedule_epochs', (self.schedule_epochs or 1)>0, 'has to be above 0, or None'),
+            ('schedule_epochs', self.schedule_epochs is None or self.schedule_epochs>0,
+             'has to be above 0, or None'),
             *((f, getattr(self,f)>=0, 'has to be 0 or more') for f in ('lr','weight_decay','warmup_epochs')))
 
 # %% ../nbs/04_optim.ipynb #d4c5ebb9

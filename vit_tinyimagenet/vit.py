@@ -66,7 +66,8 @@ def check_vit(cfg:VitConfig):
     check_fields(cfg,   # these divide, so what they divide by has to be right already
         ('img_size', cfg.img_size%cfg.patch_size==0, f'has to be a multiple of patch_size={cfg.patch_size}'),
         ('embed_dim', D%cfg.num_heads==0, f'has to be a multiple of num_heads={cfg.num_heads}'),
-        ('pos_tokens', (cfg.pos_tokens or 1e9)>cfg.num_patches, f'has to be above {cfg.num_patches} patches'),
+        ('pos_tokens', cfg.pos_tokens is None or cfg.pos_tokens>cfg.num_patches,
+         f'has to be above {cfg.num_patches} patches'),
         ('embed_dim', D%4==0 or cfg.pos_embed!='sincos2d', "pos_embed='sincos2d' needs a multiple of 4"))
 
 # %% ../nbs/03_vit.ipynb #963fd45d
