@@ -101,7 +101,8 @@ def show_maps(images:Tensor,          # (B,3,H,W) uint8
              )->plt.Figure:
     "A row of images, and under it a row for each kind of map."
     rows = [images/255,*(overlay(images,m) for m in maps.values())]
-    fig = show_images(torch.cat([r.cpu() for r in rows]), (titles or ['']*len(images))+[''], ncols=len(images))
+    titles = (titles or ['']*len(images))+['']   # and room for them above the other rows
+    fig = show_images(torch.cat([r.cpu() for r in rows]), titles, ncols=len(images))
     for ax,name in zip(fig.axes[::len(images)], ['image',*maps]):
         ax.text(-.08, .5, name, transform=ax.transAxes, rotation=90, ha='right', va='center', fontsize=8)
     fig.subplots_adjust(left=.04)

@@ -1,0 +1,189 @@
+"""What a user does, in a real browser: the page of vit_demo, the notebooks in JupyterLab, a training run stopped halfway.
+
+`make browser`; needs Chromium. `--shots DIR` says where screenshots go. Chapters with cells that want the archive are run
+where TINY_IMAGENET names it.
+"""
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from cells import NBS, ROOT, Notebook
+from vit_tinyimagenet.data import open_data
+from vit_tinyimagenet.twin import make_twin
+
+CHAPTERS = '00_core 03_vit 05_metrics 10_evaluate 11_explain 20_original 24_ladder'.split()
+TRY = ["from vit_tinyimagenet.recipes import demo, train", "run = train(demo(), 'runs')", "print('finished', run.finished, len(run.log))"]
+
+
+def browser_path():
+    return next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def server(command, url, log, cwd, env, seconds=90):
+    "A process that serves a page, up to the end of the context."
+    with open(log, 'w', encoding='utf-8') as f:
+        p = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT)
+        try:
+            wait(lambda: answers(url) or p.poll() is not None, f'{url} does not answer; see {log}', seconds)
+            if p.poll() is not None: sys.exit(f'browser: {command[0]} ended with {p.returncode}: {log.read_text()[-1500:]}')
+            yield
+        finally:
+            p.terminate()
+            p.wait(20)
+
+
+def answers(url):
+    try: return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError: return False
+
+
+def wait(is_so, complaint, seconds=60):
+    "Wait until something is so; its value."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := is_so(): return value
+        time.sleep(.2)
+    sys.exit(f'browser: {complaint}')
+
+
+def try_page(browser, archive, work, shots, env):
+    "Upload an image to the page of vit_demo, read what it says, take another from the gallery."
+    port = free_port()
+    url, command = f'http://127.0.0.1:{port}', [str(Path(sys.executable).parent/'vit_demo'), '--port', str(port), '--data', archive]
+    valid = open_data(archive).valid
+    Image.fromarray(valid.images[0].permute(1, 2, 0).numpy()).save(work/'photo.png')
+    (work/'note.png').write_text('not an image')
+    with server(command, url, work/'demo.log', work, env):
+        page = browser.new_page(viewport=dict(width=1100, height=1150))
+        page.goto(url)
+        drop, best = page.locator('input[type=file]').first, page.locator('[data-testid="label-output-value"]')
+        drop.set_input_files(str(work/'photo.png'))
+        best.wait_for(timeout=60_000)
+        said = [o for o in page.locator('.confidence-set .text').all_inner_texts() if o.strip()]
+        first = best.inner_text()
+        if len(said) != 5: sys.exit(f'browser: the page names {said}')
+        wait(lambda: page.locator('.image-frame img, .image-container img').count() >= 3, 'the page shows no maps')
+        page.wait_for_timeout(1000)   # for the last picture to be drawn
+        page.screenshot(path=str(shots/'demo_page.png'))
+        page.locator('.thumbnail-item').nth(5).click()
+        wait(lambda: best.inner_text() != first, 'the gallery changes nothing')
+        page.locator('button[aria-label="Clear"]').first.click()
+        drop.set_input_files(str(work/'note.png'))
+        page.get_by_text('in no format that Pillow knows').first.wait_for(timeout=30_000)
+        page.close()
+    print(f'demo page: {len(said)} classes, {first!r} first; a file that is no image is refused', flush=True)
+
+
+class Lab:
+    "JupyterLab in the browser, by its own commands."
+    def __init__(self, page): self.page = page
+
+    def command(self, name, **args):
+        return self.page.evaluate('([n,a]) => window.jupyterapp.commands.execute(n,a).then(() => true)', [name, args])
+
+    def open(self, path):
+        self.command('docmanager:open', path=path, factory='Notebook')
+        ready = '''p => { const w = window.jupyterapp.shell.currentWidget;
+            return w && w.context && w.context.path === p && w.context.isReady && w.sessionContext.isReady
+                && w.sessionContext.session && w.sessionContext.session.kernel; }'''
+        self.page.wait_for_function(ready, arg=path, timeout=90_000)
+
+    def cells(self): return self.page.evaluate('() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells')
+
+    def errors(self):
+        said = [o for c in self.cells() for o in c.get('outputs', []) if o['output_type'] == 'error']
+        return [f"{o['ename']}: {o['evalue']}" for o in said]
+
+    def run(self, index):
+        "Run one cell, without waiting for its end."
+        self.page.evaluate('''i => { const n = window.jupyterapp.shell.currentWidget.content;
+            n.deselectAll(); n.activeCellIndex = i; window.jupyterapp.commands.execute('notebook:run-cell'); }''', index)
+
+
+def try_chapters(lab, chapters, shots):
+    "Run all cells of some chapters in a real kernel."
+    for name in chapters:
+        start = time.monotonic()
+        lab.open(f'{name}.ipynb')
+        lab.command('notebook:run-all-cells')
+        if said := lab.errors(): sys.exit(f'browser: {name}.ipynb: {said[0]}')
+        n = sum(c['cell_type'] == 'code' for c in lab.cells())
+        print(f'{name}: {n} cells, no error, {time.monotonic() - start:.0f} s', flush=True)
+        lab.page.screenshot(path=str(shots/f'lab_{name}.png'))
+        lab.command('kernelmenu:shutdown')
+        lab.command('application:close')
+
+
+def try_training(lab, folder, shots):
+    "Train in a notebook, see the bar and the curve move, press stop in the middle, look at the run, go on."
+    nb = dict(cells=[dict(cell_type='code', execution_count=None, id=f'c{i}', metadata={}, outputs=[], source=s) for i, s in enumerate(TRY)],
+              metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')), nbformat=4, nbformat_minor=5)
+    (folder/'try.ipynb').write_text(json.dumps(nb))
+    lab.open('try.ipynb')
+    lab.run(0)
+    lab.run(1)
+    bar, curve = lab.page.locator('.jp-OutputArea .widget-hbox, .jp-OutputArea [role=progressbar]').first, lab.page.locator('.jp-OutputArea img').first
+    bar.wait_for(timeout=60_000)
+    curve.wait_for(timeout=60_000)
+    texts, pictures = set(), set()
+    wait(lambda: texts.add(bar.inner_text()) or pictures.add(curve.get_attribute('src')) or len(texts) > 2 and len(pictures) > 2,
+         'bar and curve do not move')
+    lab.page.screenshot(path=str(shots/'lab_training.png'))
+    lab.page.locator('[data-command="notebook:interrupt-kernel"], button[title^="Interrupt"]').first.click()
+    wait(lambda: lab.cells()[1]['execution_count'], 'training does not stop')
+    lab.run(2)
+    said = wait(lambda: ''.join(o.get('text', '') for o in lab.cells()[2]['outputs']), 'the notebook is of no use after the stop')
+    if not said.startswith('finished False') or lab.errors(): sys.exit(f'browser: after the stop: {said} {lab.errors()}')
+    if not (folder/'runs'/'demo'/'checkpoint.pt').exists(): sys.exit('browser: no checkpoint after the stop')
+    print(f'training: bar and curve move; stopped ({said.strip()}), checkpoint saved, kernel of use', flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--shots', type=Path, default=ROOT/'runs'/'browser')
+    p.add_argument('--chapters', nargs='*', default=CHAPTERS)
+    args = p.parse_args()
+    if not (path := browser_path()): return print('browser: no Chromium here; left out')
+    args.shots.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as d, sync_playwright() as play:
+        work, folder, port = Path(d), Path(d)/'repository'/'nbs', free_port()
+        shutil.copytree(ROOT, work/'repository', ignore=shutil.ignore_patterns('.git', '.venv', 'runs', 'build'))
+        archive = os.environ.get('TINY_IMAGENET') or str(make_twin(work/'twin.zip'))
+        browser = play.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        env = {**os.environ, 'PYTHONPATH': str(work/'repository')}
+        try_page(browser, archive, work, args.shots, env)
+        url = f'http://127.0.0.1:{port}/lab'
+        command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port', str(port), '--expose-app-in-browser',
+                   '--IdentityProvider.token=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--LabApp.news_url=']
+        with server(command, url, work/'lab.log', folder, env):
+            page = browser.new_page(viewport=dict(width=1300, height=1000))
+            page.goto(url)
+            page.wait_for_function('() => window.jupyterapp && window.jupyterapp.started', timeout=90_000)
+            lab, there = Lab(page), 'TINY_IMAGENET' in os.environ
+            wants = lambda name: any('realdata' in c.flags for c in Notebook(NBS/f'{name}.ipynb').code)
+            try_training(lab, folder, args.shots)
+            try_chapters(lab, [c for c in args.chapters if there or not wants(c)], args.shots)
+        browser.close()
+
+
+if __name__ == '__main__': sys.exit(main())
