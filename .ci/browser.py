@@ -5,7 +5,6 @@ where TINY_IMAGENET names it.
 """
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -16,7 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-import numpy as np
+import nbformat
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
@@ -25,7 +24,8 @@ from vit_tinyimagenet.data import open_data
 from vit_tinyimagenet.twin import make_twin
 
 CHAPTERS = '00_core 03_vit 05_metrics 10_evaluate 11_explain 20_original 24_ladder'.split()
-TRY = ["from vit_tinyimagenet.recipes import demo, train", "run = train(demo(), 'runs')", "print('finished', run.finished, len(run.log))"]
+TRY = ["from vit_tinyimagenet.recipes import demo, train", "run = train(demo(), 'runs')",
+       "print('finished', run.finished, len(run.log))"]
 
 
 def browser_path():
@@ -45,7 +45,7 @@ def server(command, url, log, cwd, env, seconds=90):
         p = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT)
         try:
             wait(lambda: answers(url) or p.poll() is not None, f'{url} does not answer; see {log}', seconds)
-            if p.poll() is not None: sys.exit(f'browser: {command[0]} ended with {p.returncode}: {log.read_text()[-1500:]}')
+            if p.poll() is not None: sys.exit(f'browser: {command[:3]} ended: {log.read_text()[-1500:]}')
             yield
         finally:
             p.terminate()
@@ -69,7 +69,8 @@ def wait(is_so, complaint, seconds=60):
 def try_page(browser, archive, work, shots, env):
     "Upload an image to the page of vit_demo, read what it says, take another from the gallery."
     port = free_port()
-    url, command = f'http://127.0.0.1:{port}', [str(Path(sys.executable).parent/'vit_demo'), '--port', str(port), '--data', archive]
+    url, vit_demo = f'http://127.0.0.1:{port}', Path(sys.executable).parent/'vit_demo'
+    command = [str(vit_demo), '--port', str(port), '--data', archive]
     valid = open_data(archive).valid
     Image.fromarray(valid.images[0].permute(1, 2, 0).numpy()).save(work/'photo.png')
     (work/'note.png').write_text('not an image')
@@ -108,7 +109,12 @@ class Lab:
                 && w.sessionContext.session && w.sessionContext.session.kernel; }'''
         self.page.wait_for_function(ready, arg=path, timeout=90_000)
 
-    def cells(self): return self.page.evaluate('() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells')
+    def cells(self):
+        return self.page.evaluate('() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells')
+
+    def close(self):
+        self.page.evaluate("""async () => { const w = window.jupyterapp.shell.currentWidget;
+            await w.context.save(); await w.sessionContext.shutdown(); w.dispose(); }""")
 
     def errors(self):
         said = [o for c in self.cells() for o in c.get('outputs', []) if o['output_type'] == 'error']
@@ -130,24 +136,26 @@ def try_chapters(lab, chapters, shots):
         n = sum(c['cell_type'] == 'code' for c in lab.cells())
         print(f'{name}: {n} cells, no error, {time.monotonic() - start:.0f} s', flush=True)
         lab.page.screenshot(path=str(shots/f'lab_{name}.png'))
-        lab.command('kernelmenu:shutdown')
-        lab.command('application:close')
+        lab.close()
 
 
 def try_training(lab, folder, shots):
     "Train in a notebook, see the bar and the curve move, press stop in the middle, look at the run, go on."
-    nb = dict(cells=[dict(cell_type='code', execution_count=None, id=f'c{i}', metadata={}, outputs=[], source=s) for i, s in enumerate(TRY)],
-              metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')), nbformat=4, nbformat_minor=5)
-    (folder/'try.ipynb').write_text(json.dumps(nb))
+    kernel = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in TRY], metadata=kernel)
+    nbformat.write(nb, folder/'try.ipynb')
     lab.open('try.ipynb')
     lab.run(0)
     lab.run(1)
-    bar, curve = lab.page.locator('.jp-OutputArea .widget-hbox, .jp-OutputArea [role=progressbar]').first, lab.page.locator('.jp-OutputArea img').first
+    bar, curve = (lab.page.locator(f'.jp-OutputArea {o}').first for o in ('.widget-hbox', 'img'))
     bar.wait_for(timeout=60_000)
     curve.wait_for(timeout=60_000)
     texts, pictures = set(), set()
-    wait(lambda: texts.add(bar.inner_text()) or pictures.add(curve.get_attribute('src')) or len(texts) > 2 and len(pictures) > 2,
-         'bar and curve do not move')
+    def moved():
+        texts.add(bar.inner_text())
+        pictures.add(curve.get_attribute('src'))
+        return len(texts) > 2 and len(pictures) > 2
+    wait(moved, 'bar and curve do not move')
     lab.page.screenshot(path=str(shots/'lab_training.png'))
     lab.page.locator('[data-command="notebook:interrupt-kernel"], button[title^="Interrupt"]').first.click()
     wait(lambda: lab.cells()[1]['execution_count'], 'training does not stop')
@@ -173,8 +181,12 @@ def main():
         env = {**os.environ, 'PYTHONPATH': str(work/'repository')}
         try_page(browser, archive, work, args.shots, env)
         url = f'http://127.0.0.1:{port}/lab'
-        command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port', str(port), '--expose-app-in-browser',
-                   '--IdentityProvider.token=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--LabApp.news_url=']
+        command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port', str(port),
+                   '--expose-app-in-browser', '--IdentityProvider.token=']
+        quiet = work/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
+        quiet.parent.mkdir(parents=True)
+        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        env['JUPYTERLAB_SETTINGS_DIR'] = str(work/'settings')
         with server(command, url, work/'lab.log', folder, env):
             page = browser.new_page(viewport=dict(width=1300, height=1000))
             page.goto(url)

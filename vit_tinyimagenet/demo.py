@@ -46,16 +46,14 @@ def look(image:str|Path|np.ndarray, # anything that `read_image` takes
     return said,[s.permute(1,2,0).numpy() for s in shown]
 
 # %% ../nbs/18_demo.ipynb #23522635
-def samples(data:str|None, n:int=16 # images, of as many classes
-           )->list[tuple[np.ndarray,str]]: # (64,64,3) uint8, name
-    "Some validation images of a dataset; none without one."
+def samples(data:str|None, n:int=16)->list[tuple[np.ndarray,str]]: # n of (64,64,3) uint8, name
+    "Some validation images of a dataset, each of another class; none without one."
     if data is None: return []
-    pack = open_data(data)
-    split = pack.valid
+    split,names = (pack := open_data(data)).valid,pack.meta['names']
     first = {int(y):i for i,y in reversed(list(enumerate(split.labels.tolist())))}   # of each class
     chosen = sorted(first)[::max(1,len(first)//n)][:n]
     pixels = lambda i: split.images[split.at(torch.tensor([i]))][0].permute(1,2,0).numpy()
-    return [(pixels(first[c]),pack.meta['names'][c]) for c in chosen]
+    return [(pixels(first[c]),names[c]) for c in chosen]
 
 def page(named:dict[str,Path],                # as `runs` gives it
          given:list[tuple[np.ndarray,str]]=() # as `samples` gives it
@@ -67,7 +65,8 @@ def page(named:dict[str,Path],                # as `runs` gives it
     def shown(chosen, name): # a file's path, or a number of `given`
         if chosen is None: return None,None,None,None
         try: said,images = look(given[chosen][0] if isinstance(chosen,int) else chosen, named[name])
-        except (ValueError,OSError) as e: raise gr.Error(str(e).split(': ',1)[-1], print_exception=False) from e
+        except (ValueError,OSError) as e:
+            raise gr.Error(str(e).split(': ',1)[-1], print_exception=False) from e
         return said,*images
     with gr.Blocks(title='vit_tinyimagenet') as blocks: lay_out(gr, shown, list(named), list(given))
     return blocks
@@ -103,5 +102,5 @@ def demo_main(argv:list[str]|None=None):
     try: blocks = page(runs(args.runs), samples(args.data))
     except (ImportError,ValueError,OSError) as e: sys.exit(f'vit_demo: {e}')
     import gradio as gr
-    blocks.launch(server_name='127.0.0.1', server_port=args.port, share=False, max_file_size='10mb', footer_links=[],
-                  theme=gr.themes.Base(font=['system-ui','sans-serif'], font_mono=['monospace']))
+    blocks.launch(server_name='127.0.0.1', server_port=args.port, share=False, max_file_size='10mb',
+                  footer_links=[], theme=gr.themes.Base(font=['system-ui'], font_mono=['monospace']))
