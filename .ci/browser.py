@@ -1,11 +1,12 @@
-"""What a user does, in a real browser: the page of vit_demo, the notebooks in JupyterLab, a training run stopped halfway.
+"""What a user does, in a real browser: the page of vit_demo, notebooks in JupyterLab, a training run stopped halfway.
 
-`make browser`; needs Chromium. `--shots DIR` says where screenshots go. Chapters with cells that want the archive are run
-where TINY_IMAGENET names it.
+`make browser`; needs Chromium. `--shots DIR` says where screenshots go. Chapters with cells that want the archive, or a
+GPU, are run where these are.
 """
 import argparse
 import contextlib
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -16,20 +17,22 @@ import urllib.request
 from pathlib import Path
 
 import nbformat
+import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from cells import NBS, ROOT, Notebook
+from vit_tinyimagenet.checkpoint import predict
 from vit_tinyimagenet.data import open_data
 from vit_tinyimagenet.twin import make_twin
 
-CHAPTERS = '00_core 03_vit 05_metrics 10_evaluate 11_explain 20_original 24_ladder'.split()
+CHAPTERS = '00_core 02_augment 05_metrics 10_evaluate 11_explain 20_original 24_ladder'.split()
 TRY = ["from vit_tinyimagenet.recipes import demo, train", "run = train(demo(), 'runs')",
        "print('finished', run.finished, len(run.log))"]
 
 
 def browser_path():
-    return next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
+    return next((p for n in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (p := shutil.which(n))), None)
 
 
 def free_port():
@@ -80,14 +83,14 @@ def try_page(browser, archive, work, shots, env):
         drop, best = page.locator('input[type=file]').first, page.locator('[data-testid="label-output-value"]')
         drop.set_input_files(str(work/'photo.png'))
         best.wait_for(timeout=60_000)
-        said = [o for o in page.locator('.confidence-set .text').all_inner_texts() if o.strip()]
-        first = best.inner_text()
-        if len(said) != 5: sys.exit(f'browser: the page names {said}')
+        said = [o.strip() for o in page.locator('.confidence-set .text').all_inner_texts() if o.strip()]
+        first, right = best.inner_text(), predict(work/'photo.png').name.tolist()
+        if said != right: sys.exit(f'browser: the page names {said}, and `predict` {right}')
         wait(lambda: page.locator('.image-frame img, .image-container img').count() >= 3, 'the page shows no maps')
         page.wait_for_timeout(1000)   # for the last picture to be drawn
         page.screenshot(path=str(shots/'demo_page.png'))
         page.locator('.thumbnail-item').nth(5).click()
-        wait(lambda: best.inner_text() != first, 'the gallery changes nothing')
+        wait(lambda: best.inner_text() not in ('', first), 'the gallery changes nothing')
         page.locator('button[aria-label="Clear"]').first.click()
         drop.set_input_files(str(work/'note.png'))
         page.get_by_text('in no format that Pillow knows').first.wait_for(timeout=30_000)
@@ -100,7 +103,7 @@ class Lab:
     def __init__(self, page): self.page = page
 
     def command(self, name, **args):
-        return self.page.evaluate('([n,a]) => window.jupyterapp.commands.execute(n,a).then(() => true)', [name, args])
+        self.page.evaluate('([n,a]) => { window.jupyterapp.commands.execute(n,a) }', [name, args])
 
     def open(self, path):
         self.command('docmanager:open', path=path, factory='Notebook')
@@ -123,7 +126,8 @@ class Lab:
     def run(self, index):
         "Run one cell, without waiting for its end."
         self.page.evaluate('''i => { const n = window.jupyterapp.shell.currentWidget.content;
-            n.deselectAll(); n.activeCellIndex = i; window.jupyterapp.commands.execute('notebook:run-cell'); }''', index)
+            n.deselectAll(); n.activeCellIndex = i;
+            window.jupyterapp.commands.execute('notebook:run-cell'); }''', index)
 
 
 def try_chapters(lab, chapters, shots):
@@ -131,10 +135,13 @@ def try_chapters(lab, chapters, shots):
     for name in chapters:
         start = time.monotonic()
         lab.open(f'{name}.ipynb')
+        lab.command('notebook:clear-all-cell-outputs')
         lab.command('notebook:run-all-cells')
+        code = lambda: [c for c in lab.cells() if c['cell_type'] == 'code' and c['source']]
+        done = lambda: lab.errors() or all(c['execution_count'] for c in code())
+        wait(done, f'{name}.ipynb does not come to its end', 300)
         if said := lab.errors(): sys.exit(f'browser: {name}.ipynb: {said[0]}')
-        n = sum(c['cell_type'] == 'code' for c in lab.cells())
-        print(f'{name}: {n} cells, no error, {time.monotonic() - start:.0f} s', flush=True)
+        print(f'{name}: {len(code())} cells, no error, {time.monotonic() - start:.0f} s', flush=True)
         lab.page.screenshot(path=str(shots/f'lab_{name}.png'))
         lab.close()
 
@@ -160,8 +167,9 @@ def try_training(lab, folder, shots):
     lab.page.locator('[data-command="notebook:interrupt-kernel"], button[title^="Interrupt"]').first.click()
     wait(lambda: lab.cells()[1]['execution_count'], 'training does not stop')
     lab.run(2)
-    said = wait(lambda: ''.join(o.get('text', '') for o in lab.cells()[2]['outputs']), 'the notebook is of no use after the stop')
-    if not said.startswith('finished False') or lab.errors(): sys.exit(f'browser: after the stop: {said} {lab.errors()}')
+    printed = lambda: ''.join(o.get('text', '') for o in lab.cells()[2]['outputs'])
+    said = wait(printed, 'the notebook is of no use after the stop')
+    if not said.startswith('finished False') or lab.errors(): sys.exit(f'browser: stopped: {said} {lab.errors()}')
     if not (folder/'runs'/'demo'/'checkpoint.pt').exists(): sys.exit('browser: no checkpoint after the stop')
     print(f'training: bar and curve move; stopped ({said.strip()}), checkpoint saved, kernel of use', flush=True)
 
@@ -171,30 +179,34 @@ def main():
     p.add_argument('--shots', type=Path, default=ROOT/'runs'/'browser')
     p.add_argument('--chapters', nargs='*', default=CHAPTERS)
     args = p.parse_args()
-    if not (path := browser_path()): return print('browser: no Chromium here; left out')
+    if not (path := browser_path()): sys.exit('browser: no Chromium here; install it')
+    there = dict(realdata='TINY_IMAGENET' in os.environ, cuda=torch.cuda.is_available())
+    lacks = {flag for flag in there if not there[flag]}
+    left_out = [n for n in args.chapters if any(lacks & set(c.flags) for c in Notebook(NBS/f'{n}.ipynb').code)]
+    if left_out: print(f"left out, for want of {' and '.join(sorted(lacks))}: {', '.join(left_out)}", flush=True)
     args.shots.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as d, sync_playwright() as play:
         work, folder, port = Path(d), Path(d)/'repository'/'nbs', free_port()
         shutil.copytree(ROOT, work/'repository', ignore=shutil.ignore_patterns('.git', '.venv', 'runs', 'build'))
         archive = os.environ.get('TINY_IMAGENET') or str(make_twin(work/'twin.zip'))
         browser = play.chromium.launch(executable_path=path, args=['--no-sandbox'])
-        env = {**os.environ, 'PYTHONPATH': str(work/'repository')}
+        state = {f'JUPYTER{k}': str(work/k.lower()) for k in ('LAB_SETTINGS_DIR', 'LAB_WORKSPACES_DIR', '_CONFIG_DIR')}
+        env = {**os.environ, **state, 'PYTHONPATH': str(work/'repository'), 'VIT_TINYIMAGENET_HOME': str(work/'home')}
         try_page(browser, archive, work, args.shots, env)
-        url = f'http://127.0.0.1:{port}/lab'
-        command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port', str(port),
-                   '--expose-app-in-browser', '--IdentityProvider.token=']
-        quiet = work/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
+        quiet = work/'lab_settings_dir'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
         quiet.parent.mkdir(parents=True)
         quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-        env['JUPYTERLAB_SETTINGS_DIR'] = str(work/'settings')
+        token = secrets.token_hex()
+        url = f'http://127.0.0.1:{port}/lab?token={token}'
+        command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port', str(port),
+                   '--expose-app-in-browser', f'--IdentityProvider.token={token}']
         with server(command, url, work/'lab.log', folder, env):
             page = browser.new_page(viewport=dict(width=1300, height=1000))
             page.goto(url)
             page.wait_for_function('() => window.jupyterapp && window.jupyterapp.started', timeout=90_000)
-            lab, there = Lab(page), 'TINY_IMAGENET' in os.environ
-            wants = lambda name: any('realdata' in c.flags for c in Notebook(NBS/f'{name}.ipynb').code)
+            lab = Lab(page)
             try_training(lab, folder, args.shots)
-            try_chapters(lab, [c for c in args.chapters if there or not wants(c)], args.shots)
+            try_chapters(lab, [c for c in args.chapters if c not in left_out], args.shots)
         browser.close()
 
 

@@ -23,7 +23,7 @@ from .augment import AugmentConfig, center_normalize, show_images
 from .core import pick_precision
 from .data import Batches, Pack, Split
 from .metrics import Predictions, predict_split
-from .record import predictions_frame
+from .record import predictions_frame, recompute
 from .views import short_name
 from .vit import VisionTransformer
 
@@ -34,7 +34,9 @@ def logits_of(model:VisionTransformer,  # with `meta`, as `load_pretrained` give
               batch_size:int=250,
               precision:str='auto'      # of matrix products; see `pick_precision`
              )->Predictions:
-    "What a model says to every image of a split; raises `ValueError` where its classes are others."
+    "What a model says to every image of a split; raises `ValueError` for other classes or another size."
+    has,wants = (m['img_size'] for m in (data.meta,model.meta))
+    if has!=wants: raise ValueError(f'{data.folder} has images of {has} pixels, the model wants {wants}')
     if data.meta['wnids']!=model.meta['wnids']:
         n,k = len(data.meta['wnids']),len(model.meta['wnids'])
         raise ValueError(f'{data.folder} has {n} classes, the model {k}, or in another order: '
@@ -77,12 +79,12 @@ def bootstrap(frame:pd.DataFrame, n:int=2000, seed:int=0,
               level:float=.95 # share of the resampled accuracies inside
              )->pd.DataFrame: # top1, top5: value, low, high, as fractions
     "Intervals of the accuracies over resampled images."
-    hit = frame.filter(regex='^top').eq(frame.label, axis=0)
-    both = pd.DataFrame(dict(top1=hit.top1, top5=hit.any(axis=1)))
-    draws = np.random.default_rng(seed).integers(len(both), size=(n,len(both)))
-    edges = [50-50*level,50+50*level]
-    ranges = {c:np.percentile(both[c].to_numpy()[draws].mean(1), edges) for c in both}
-    return pd.DataFrame({c:dict(value=both[c].mean(), low=lo, high=hi) for c,(lo,hi) in ranges.items()}).T
+    rng,size,table = np.random.default_rng(seed),len(frame),{}
+    for what,share in recompute(frame).items():
+        # right ones among as many images drawn again: no need to draw them one by one
+        low,high = np.percentile(rng.binomial(size,share,n)/size, [50-50*level,50+50*level])
+        table[what] = dict(value=share, low=low, high=high)
+    return pd.DataFrame(table).T
 
 # %% ../nbs/10_evaluate.ipynb #e4eb7529
 def confusion(frame:pd.DataFrame,
@@ -138,6 +140,7 @@ def show_mistakes(rows:pd.DataFrame, # of the table
                   ncols:int=8
                  )->plt.Figure:
     "Images with their class, and what they were taken for."
+    if not len(rows): raise ValueError('no rows: there is no such mistake')
     at = {f:i for i,f in enumerate(split.files)}
     x = split.images[split.at(torch.tensor([at[f] for f in rows.image]))]
     titles = [f'{short_name(names[r.label])}\n→ {short_name(names[r.top1],12)}' for r in rows.itertuples()]
