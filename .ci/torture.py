@@ -30,7 +30,7 @@ from vit_tinyimagenet.twin import make_twin
 
 PLACES = dict(step=(loop, 'train_step'), checkpoint=(recipes, 'save_checkpoint'), evaluation=(recipes, 'predict_split'),
               record=(recipes, 'finish_record'), pack=(data, '_fill'), fix_val=(sources, 'fix_val'))
-OPTIONS = '''--classes 10 --train.epochs 8 --train.batch-size 64 --train.watch minival --train.checkpoint-minutes 1e-6
+OPTIONS = '''--classes 4 --train.epochs 8 --train.batch-size 64 --train.watch minival --train.checkpoint-minutes 1e-6
     --vit.drop-rate .1 --vit.drop-path-rate .1 --augment.degrees 15'''.split()   # all that could go astray
 STEPS = 8   # at most so many are let pass before a kill
 
