@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RECIPES', 'FORMAT', 'FINISHED', 'Recipe', 'demo', 'laptop', 'laptop_long', 'sprint', 'original_notebook',
            'original_readme', 'own_images', 'fine_tune', 'recipe_data', 'splits_of', 'named_splits', 'clean_view',
-           'ordered', 'watcher', 'identity', 'resume', 'fit_to_data', 'new_state', 'run_folder', 'loop_parts',
-           'seconds_to_evaluate', 'train_here', 'train', 'fit_recipe', 'print_row', 'find_lr', 'start_record',
-           'selection', 'evaluate_valid', 'finish_record']
+           'ordered', 'watcher', 'identity', 'prepare_folder', 'resume', 'fit_to_data', 'new_state', 'run_folder',
+           'loop_parts', 'seconds_to_evaluate', 'as_it_stands', 'train_here', 'train', 'fit_recipe', 'print_row',
+           'find_lr', 'start_record', 'selection', 'evaluate_valid', 'finish_record']
 
 # %% ../nbs/09_recipes.ipynb #10e718ee
 import itertools, json, time, warnings
@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from .augment import AugmentConfig, augment, center_normalize
-from .checkpoint import (load_checkpoint, mirror_run, previous, restore_run, save_checkpoint,
+from .checkpoint import (copy_run, load_checkpoint, mirror_run, previous, save_checkpoint,
                                          save_release, start_from)
 from .core import check_fields, check_types, deterministic, in_notebook, pick_device
 from .data import Batches, Pack, Split, first_classes, hold_out, open_data
@@ -54,6 +54,8 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     def __post_init__(self):
         check_types(self)
+        check_fields(self, ('img_size', self.img_size>=1, 'has to be at least 1'),
+                     ('classes', self.classes is None or self.classes>=1, 'has to be at least 1, or None'))
         seen,has = self.augment.crop_size or self.img_size,self.vit.img_size
         if seen!=has:
             raise ValueError(f'vit.img_size={has}: images have {seen} (augment.crop_size, else img_size)')
@@ -157,7 +159,8 @@ def clean_view(recipe:Recipe, meta:dict)->Callable: # batch -> (B,3,H,W)
 
 def ordered(split:Split, recipe:Recipe, state:TrainState)->Batches:
     "Batches of a split in its own order, drawing other random numbers than the training does."
-    return Batches(split, recipe.train.batch_size, recipe.train.seed+1, shuffle=False, device=state.device)
+    size = min(recipe.train.batch_size, 256)   # of large ones a process may bear a share only
+    return Batches(split, size, recipe.train.seed+1, shuffle=False, device=state.device)
 
 def watcher(recipe:Recipe, split:Split|None, meta:dict, state:TrainState)->Callable|None: # model -> dict
     "What `fit` evaluates after each epoch; the original's was augmented, and anew every epoch."
@@ -172,6 +175,22 @@ FORMAT = 1   # of checkpoints: raised when their contents change
 def identity(recipe:Recipe, data:Pack)->dict:
     "What makes two sittings one run: the recipe, and the data by its hash."
     return {**config_identity(recipe), 'data':data.meta['data_sha256']}
+
+# %% ../nbs/09_recipes.ipynb #b091547c
+def prepare_folder(folder:Path, mirror:Path|None,
+                   same:dict # `identity` of the run that is to be begun or gone on with
+                  ):
+    "Make a run's folder, fetched where its second place is ahead; `ValueError` if that is another run's."
+    folder.mkdir(parents=True, exist_ok=True)
+    if mirror is None: return
+    if not mirror.parent.is_dir(): raise ValueError(f'--mirror {mirror.parent}: mount the drive, or make it')
+    here,there = (load_checkpoint(f/'checkpoint.pt') for f in (folder,mirror))
+    if there is None: return
+    other = '; '.join(config_differences(there['identity'], same))
+    if other: raise ValueError(f'{mirror} is of another run; choose another --mirror, or delete it: {other}')
+    ahead = not (folder/'summary.json').exists() if here is None else (
+            here['identity']==there['identity'] and here['state']['step']<there['state']['step'])
+    if ahead: copy_run(mirror, folder)
 
 # %% ../nbs/09_recipes.ipynb #2829af09
 def resume(state:TrainState, recipe:Recipe, data:Pack,
@@ -244,16 +263,27 @@ def seconds_to_evaluate(recipe:Recipe, data:Pack, state:TrainState)->float:
     predict_split(state.averaged(), timed, view, state.precision)
     return (time.perf_counter()-start)/len(timed)*len(batches)
 
+# %% ../nbs/09_recipes.ipynb #2e697d2c
+def as_it_stands(recipe:Recipe, folder:Path, data:Pack, mirror:Path|None
+                )->tuple[TrainState,list[dict]]: # and the provenance of its sittings
+    "The state of a run, begun or not, the same for all processes; raises `RuntimeError` where it is not."
+    if not world().rank: prepare_folder(folder, mirror, identity(recipe,data))
+    anyone(0)   # no process looks before
+    no_disk = f'{folder} is not there for all processes: put --out on a disk that all of them see'
+    refuse_differences(int(folder.is_dir()), no_disk)
+    state = new_state(recipe, data, folder)
+    sittings = resume(state, recipe, data, folder)
+    refuse_differences(state.step, f'processes stand at different steps: can all of them read {folder}?')
+    return state,sittings
+
 # %% ../nbs/09_recipes.ipynb #cb62d837
 def train_here(recipe:Recipe, folder:Path, data:Pack, log:Callable|None, mirror:Path|None)->Run:
     "What each process does of a run; the first one writes."
     began,recipe,first = time.perf_counter(),fit_to_data(recipe, data),not world().rank
-    if mirror and first: restore_run(folder, mirror)
-    anyone(0)   # no process looks before
-    state = new_state(recipe, data, folder)
-    sittings = resume(state, recipe, data, folder)
-    refuse_differences(state.step, f'processes stand at different steps: can all of them read {folder}?')
-    if (folder/'summary.json').exists(): return Run(folder)
+    state,sittings = as_it_stands(recipe, folder, data, mirror)
+    if (folder/'summary.json').exists():
+        if mirror and first: mirror_run(folder, mirror)   # the last time, it may have been away
+        return Run(folder)
     # now, since the checkout may move on meanwhile
     here = dict(provenance(state.device), processes=world().size)
     sittings.append(dict(here, precision=state.precision, from_step=state.step))
@@ -350,9 +380,10 @@ def evaluate_valid(folder:Path, recipe:Recipe, data:Pack, state:TrainState)->tup
 def finish_record(folder:Path, recipe:Recipe, data:Pack, state:TrainState, n_images:int,
                   sittings:list[dict]):
     "Evaluate the last averaged weights on valid, once, and write everything that follows from it."
-    model,run = state.averaged(),Run(folder)
+    model = state.averaged()
     p,eval_s = evaluate_valid(folder, recipe, data, state)
     if world().rank: return
+    run = Run(folder)
     seen = dict(mean=recipe.augment.mean or data.meta['mean'], std=recipe.augment.std or data.meta['std'])
     save_release(model, folder/'model.safetensors', {**data.meta, **seen})
     for what in ('top1','loss'):
@@ -361,7 +392,8 @@ def finish_record(folder:Path, recipe:Recipe, data:Pack, state:TrainState, n_ima
         plt.close(fig)
     steps_per_epoch = -(-n_images//recipe.train.batch_size)
     epochs = state.epoch if state.step%steps_per_epoch==0 else round(state.step/steps_per_epoch, 2)
-    of_first = {k:v for k,v in sittings[0].items() if k not in ('precision','from_step')}
+    of_first = {k:v for k,v in sittings[0].items() if k not in ('precision','from_step','processes')}
+    over_time = lambda k: ' then '.join(dict.fromkeys(str(s[k]) for s in sittings))
     write_json(folder/'summary.json', dict(   # last, so that a folder with a summary is complete
         recipe=recipe.name, dataset=data.meta['source'], data_sha256=data.meta['data_sha256'],
         **named_splits(recipe), selection=selection(recipe), view='clean',
@@ -369,4 +401,4 @@ def finish_record(folder:Path, recipe:Recipe, data:Pack, state:TrainState, n_ima
         epochs=epochs, steps=state.step, wall_s=state.wall_s, eval_s=eval_s, peak_gib=peak_gib(state.device),
         images_per_s=n_images*epochs/state.wall_s,
         params=sum(t.numel() for t in model.parameters()), seed=recipe.train.seed, sittings=len(sittings),
-        precision=' then '.join(dict.fromkeys(s['precision'] for s in sittings)), **of_first))
+        **{k:over_time(k) for k in ('precision','processes')}, **of_first))
