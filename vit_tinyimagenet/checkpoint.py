@@ -64,7 +64,8 @@ def load_checkpoint(path:Path,
 def copy_run(folder:Path, to:Path):
     "Copy what is new in a run's folder, each file whole or not at all; what says that it is complete, last."
     to.mkdir(parents=True, exist_ok=True)
-    for p in sorted(folder.iterdir(), key=lambda p: (p.name=='summary.json', p.name=='checkpoint.pt', p.name)):
+    last = ('checkpoint.pt','summary.json')
+    for p in sorted(folder.iterdir(), key=lambda p: last.index(p.name) if p.name in last else -1):
         if '.tmp' in p.name or p.suffix=='.prev' or not p.is_file(): continue
         seen,there = p.stat(),to/p.name
         if there.exists() and (seen.st_size,seen.st_mtime)==(there.stat().st_size,there.stat().st_mtime):
