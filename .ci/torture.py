@@ -130,7 +130,7 @@ class Torture:
         return sitting(command, self.work/f'{name}.log', self.pipe, fall, meanwhile)
 
     def note(self, case, fall, out, **more):
-        hit = out['code'] == -signal.SIGKILL or '(SIGKILL)' in out['said']   # torchrun says so of its processes
+        hit = out['code'] == -signal.SIGKILL or 'exitcode: -9)' in out['said']   # as torchrun says of its processes
         if out['down_s'] is None or not hit: sys.exit(f'torture: {case} ended before it was killed: fewer kills')
         self.kills.append(dict(case=case, aimed_at=fall.place, seconds_later=round(fall.delay, 4),
                                killed_in=out['killed_in'], **more))
