@@ -225,8 +225,10 @@ class Torture:
         if subprocess.run(mount, capture_output=True).returncode:
             return dict(skipped='mounting a small disk needs root')
         checkpoint, filler = disk/'laptop'/'checkpoint.pt', disk/'filler'
+        started = []   # to fill it up halfway, not at the first checkpoint
         def fill():
-            if not checkpoint.exists() or filler.exists(): return
+            if checkpoint.exists() and not started: started.append(time.monotonic())
+            if not started or time.monotonic() < started[0] + 10 or filler.exists(): return
             with open(filler, 'wb') as f:
                 try:
                     while True: f.write(bytes(1 << 20))

@@ -41,6 +41,9 @@ def save_checkpoint(state:dict, # tensors, numbers, strings, lists and dicts of 
             f.flush(); os.fsync(f.fileno())
         if path.exists(): os.replace(path, previous(path))
         os.replace(part, path)
+    except OSError as e:
+        fix = 'the last checkpoint is whole: make room and start again'
+        raise OSError(e.errno, f'{path}: {e.strerror}; {fix}') from e
     finally: part.unlink(missing_ok=True)
 
 def previous(path:Path)->Path:
