@@ -1,8 +1,8 @@
 """Kill with SIGKILL at random moments, start again, and hold the end against that of a run left alone.
 
-`make torture` does so in a step, in the writing of a checkpoint, in an evaluation and in the record of the end; in the
-packing of the images and in the sorting of val/; and with one of two processes. A disk that is full and a second place that
-is gone come after. It writes results/trust/torture.json. `--data` names the archive; without it the synthetic twin is used.
+`make torture` does so in a step, in the writing of a checkpoint, in an evaluation and in the record of the end; in
+packing the images and in sorting val/; and with one of two processes. A full disk and a second place that is gone come
+after. It writes results/trust/torture.json. `--data` names the archive; without it the synthetic twin is used.
 """
 import argparse
 import json
@@ -30,7 +30,7 @@ from vit_tinyimagenet.twin import make_twin
 
 PLACES = dict(step=(loop, 'train_step'), checkpoint=(recipes, 'save_checkpoint'), evaluation=(recipes, 'predict_split'),
               record=(recipes, 'finish_record'), pack=(data, '_fill'), fix_val=(sources, 'fix_val'))
-OPTIONS = '''--classes 10 --train.epochs 8 --train.batch-size 64 --train.watch minival --train.checkpoint-minutes 1e-6
+OPTIONS = '''--classes 4 --train.epochs 8 --train.batch-size 64 --train.watch minival --train.checkpoint-minutes 1e-6
     --vit.drop-rate .1 --vit.drop-path-rate .1 --augment.degrees 15'''.split()   # all that could go astray
 STEPS = 8   # at most so many are let pass before a kill
 
@@ -126,10 +126,12 @@ class Torture:
         self.train = ['train', 'laptop', '--data', archive, *OPTIONS, '--out']
         self.two = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
 
-    def sit(self, name, command, fall=None, **kw): return sitting(command, self.work/f'{name}.log', self.pipe, fall, **kw)
+    def sit(self, name, command, fall=None, meanwhile=None):
+        return sitting(command, self.work/f'{name}.log', self.pipe, fall, meanwhile)
 
     def note(self, case, fall, out, **more):
-        if out['down_s'] is None: sys.exit(f'torture: {case} ended before it was killed; ask for fewer kills')
+        hit = out['code'] == -signal.SIGKILL or 'exitcode: -9)' in out['said']   # as torchrun says of its processes
+        if out['down_s'] is None or not hit: sys.exit(f'torture: {case} ended before it was killed: fewer kills')
         self.kills.append(dict(case=case, aimed_at=fall.place, seconds_later=round(fall.delay, 4),
                                killed_in=out['killed_in'], **more))
         print(json.dumps(self.kills[-1]), flush=True)
@@ -142,7 +144,8 @@ class Torture:
         "One run, killed n times in each of its places, its end last."
         alone = ended(self.sit('alone', [*self.python, *self.train, str(self.work/'alone')]))
         command = [*self.python, *self.train, str(self.work/'killed')]
-        order = self.draw.sample([p for p in ('step', 'checkpoint', 'evaluation') for _ in range(n)], 3*n) + ['record']*n
+        places = [p for p in ('step', 'checkpoint', 'evaluation') for _ in range(n)]
+        order = self.draw.sample(places, len(places)) + ['record']*n
         for place in order:
             nth = self.draw.randint(1, STEPS) if place in ('step', 'checkpoint') else 1
             longest = .5 if place == 'record' else 1   # or the run might end before
@@ -162,10 +165,11 @@ class Torture:
             fall = Fall('pack', 1, self.draw.uniform(0, .7*seconds))
             self.note('pack', fall, self.sit('pack', pack('killed'), fall))
         ended(self.sit('pack', pack('killed')))
-        packs = [data.open_data(self.archive, home(name)) for name in ('alone', 'killed')]
-        names = [sorted(p.relative_to(home(name)).as_posix() for p in home(name).rglob('*')) for name in ('alone', 'killed')]
+        both = ('alone', 'killed')
+        packs = [data.open_data(self.archive, home(name)) for name in both]
+        names = [sorted(p.relative_to(home(name)).as_posix() for p in home(name).rglob('*')) for name in both]
         same = packs[0].meta == packs[1].meta and all(p.is_intact() for p in packs) and names[0] == names[1]
-        for name in ('alone', 'killed'): shutil.rmtree(home(name))
+        for name in both: shutil.rmtree(home(name))
         return [] if same else ['pack']
 
     def sorting(self, n):
@@ -196,7 +200,8 @@ class Torture:
             fall = Fall('step', self.draw.randint(2, 2*STEPS), self.draw.uniform(0, .1))
             out = self.sit('two_killed', job('two_killed'), fall)
             self.then('one of two processes', out)
-            self.note('one of two processes', fall, out, down_s=round(out['down_s'] or 0, 1), told='has died' in out['said'])
+            down_s, told = round(out['down_s'] or 0, 1), 'has died' in out['said']
+            self.note('one of two processes', fall, out, down_s=down_s, told=told)
         self.then('one of two processes', ended(self.sit('two_killed', job('two_killed'))))
         return run_differences(self.work/'two'/'laptop', self.work/'two_killed'/'laptop')
 
@@ -216,11 +221,14 @@ class Torture:
         "The disk is filled up in the middle of a run, and emptied again."
         disk = self.work/'disk'
         disk.mkdir()
-        if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=256m', 'tmpfs', str(disk)], capture_output=True).returncode:
+        mount = ['mount', '-t', 'tmpfs', '-o', 'size=256m', 'tmpfs', str(disk)]
+        if subprocess.run(mount, capture_output=True).returncode:
             return dict(skipped='mounting a small disk needs root')
         checkpoint, filler = disk/'laptop'/'checkpoint.pt', disk/'filler'
+        started = []   # to fill it up halfway, not at the first checkpoint
         def fill():
-            if not checkpoint.exists() or filler.exists(): return
+            if checkpoint.exists() and not started: started.append(time.monotonic())
+            if not started or time.monotonic() < started[0] + 10 or filler.exists(): return
             with open(filler, 'wb') as f:
                 try:
                     while True: f.write(bytes(1 << 20))
@@ -268,8 +276,9 @@ def main():
                  two_processes=t.ranks(args.kills), restarts=t.restarts(3))
     disk, machine = t.full_disk(), t.lost_machine()
     lost = [o for differ in [*cases.values(), disk.get('differences', []), machine['differences']] for o in differ]
-    report = dict(kills=len(t.kills), killed_in=Counter(k['killed_in'] for k in t.kills), lost=len(lost), differences=cases,
-                  full_disk=disk, lost_machine=machine, each=t.kills, options=OPTIONS, seed=args.seed,
+    places = Counter(k['killed_in'] for k in t.kills)
+    report = dict(kills=len(t.kills), killed_in=places, lost=len(lost), differences=cases, full_disk=disk,
+                  lost_machine=machine, each=t.kills, options=OPTIONS, seed=args.seed,
                   source=pack.meta['source'], data_sha256=pack.meta['data_sha256'],
                   wall_s=round(time.monotonic() - start), **here)
     write_json(ROOT/'results'/'trust'/'torture.json', report)

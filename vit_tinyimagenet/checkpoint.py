@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RELEASE_META', 'AnyImage', 'FREE_FIELDS', 'save_checkpoint', 'previous', 'load_checkpoint', 'copy_run', 'mirror_run',
-           'restore_run', 'save_release', 'load_release', 'shipped', 'load_pretrained', 'read_image', 'prepare',
-           'predict', 'start_from']
+           'save_release', 'load_release', 'shipped', 'load_pretrained', 'read_image', 'prepare', 'predict',
+           'start_from']
 
 # %% ../nbs/06_checkpoint.ipynb #96050573
-import json, os, shutil, warnings
+import json, os, shutil
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .augment import AugmentConfig, center_normalize
 from .data import open_image, to_rgb, to_square
+from .parallel import say
 from .vit import VisionTransformer, VitConfig, resize_positions
 
 # %% ../nbs/06_checkpoint.ipynb #d9e33b38
@@ -40,6 +41,9 @@ def save_checkpoint(state:dict, # tensors, numbers, strings, lists and dicts of 
             f.flush(); os.fsync(f.fileno())
         if path.exists(): os.replace(path, previous(path))
         os.replace(part, path)
+    except OSError as e:
+        fix = 'the last checkpoint is whole: make room and start again'
+        raise OSError(e.errno, f'{path}: {e.strerror}; {fix}') from e
     finally: part.unlink(missing_ok=True)
 
 def previous(path:Path)->Path:
@@ -61,9 +65,10 @@ def load_checkpoint(path:Path,
 
 # %% ../nbs/06_checkpoint.ipynb #518a1d2c
 def copy_run(folder:Path, to:Path):
-    "Copy what is new in a run's folder, each file whole or not at all, the checkpoint last."
-    to.mkdir(exist_ok=True)
-    for p in sorted(folder.iterdir(), key=lambda p: (p.name=='checkpoint.pt', p.name)):
+    "Copy what is new in a run's folder, each file whole or not at all; what says that it is complete, last."
+    to.mkdir(parents=True, exist_ok=True)
+    last = ('checkpoint.pt','summary.json')
+    for p in sorted(folder.iterdir(), key=lambda p: last.index(p.name) if p.name in last else -1):
         if '.tmp' in p.name or p.suffix=='.prev' or not p.is_file(): continue
         seen,there = p.stat(),to/p.name
         if there.exists() and (seen.st_size,seen.st_mtime)==(there.stat().st_size,there.stat().st_mtime):
@@ -72,18 +77,13 @@ def copy_run(folder:Path, to:Path):
         os.replace(part, there)
 
 def mirror_run(folder:Path, # of a run
-               mirror:Path  # its second place
+               mirror:Path  # its second place, in a folder that is there
               ):
-    "`copy_run` that warns where the second place fails."
-    try: copy_run(folder, mirror)
-    except OSError as e: warnings.warn(f'{mirror}: {e}; going on without it until the next checkpoint')
-
-def restore_run(folder:Path, mirror:Path):
-    "Bring a run back from its second place, if the first has nothing of it; raises `ValueError` without one."
-    if not mirror.parent.is_dir(): raise ValueError(f'no folder {mirror.parent}: mount the drive, or make it')
-    if any(folder.glob('checkpoint.pt*')) or (folder/'summary.json').exists() or not mirror.exists(): return
-    folder.mkdir(parents=True, exist_ok=True)
-    copy_run(mirror, folder)
+    "`copy_run` that says where the second place fails, and lets the run go on."
+    try:
+        if not mirror.parent.is_dir(): raise FileNotFoundError(f'no folder {mirror.parent}')
+        copy_run(folder, mirror)
+    except OSError as e: say(f'--mirror: {e}; going on without it up to the next checkpoint or start')
 
 # %% ../nbs/06_checkpoint.ipynb #d2f149a3
 RELEASE_META = ('wnids','names','mean','std','img_size')   # img_size: the short side's, before any crop

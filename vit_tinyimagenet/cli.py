@@ -52,12 +52,12 @@ def parse(argv:list[str])->TrainArgs:
 
 # %% ../nbs/19_cli.ipynb #4389aef4
 def train_main(argv:list[str]|None=None):
-    "The command `vit_train`: exit code 0 when the run is finished, 3 when it was stopped and can go on."
+    "The command `vit_train`: exit code 0 when the run is finished, 3 when it was stopped (by torchrun, 0)."
     args = parse(sys.argv[1:] if argv is None else argv)
     try: run = train(args.recipe, args.out, mirror=args.mirror)
     except KeyboardInterrupt: sys.exit('vit_train: interrupted; run again to go on from the last checkpoint')
     except (ValueError,OSError,RuntimeError,MemoryError,FloatingPointError) as e: sys.exit(f'vit_train: {e}')
-    if not run.finished: sys.exit(3)
+    if not run.finished: sys.exit(0 if TORCHRUN<=os.environ.keys() else 3)   # which torchrun would restart
     say(results_table([run]).to_string(index=False))
     say(f'curves, samples, predictions and weights: {run.folder}/')
     top1 = run.summary['valid_top1']

@@ -120,9 +120,12 @@ def seed_step(seed:int,  # of the run
 def deterministic(on:bool=True # False: nothing changes
                  )->Iterator[None]:
     "Only operations that give the same bits each time on a device; `RuntimeError` for one with no such form."
+    if not on:
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
-    if on: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # cuBLAS looks there when it starts
-    torch.use_deterministic_algorithms(on or before)
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # cuBLAS looks there when it starts
+    torch.use_deterministic_algorithms(True)
     try: yield
     finally: torch.use_deterministic_algorithms(before)
 
@@ -142,11 +145,12 @@ def one_of(*allowed:str)->str:
 def check_types(cfg): # a dataclass instance
     "Raise `ValueError` for the first field that is not of its annotated type, or not finite."
     for f in fields(cfg):
-        value,kind = getattr(cfg,f.name),getattr(f.type,'__name__',f.type)
+        value,kind = getattr(cfg,f.name),f.type.__name__ if type(f.type) is type else f.type
         try: check_type(value, f.type, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as e: raise ValueError(f'{f.name}={value!r}: has to be {kind}') from e
-        if isinstance(value,bool)!=(f.type is bool): raise ValueError(f'{f.name}={value!r}: has to be {kind}')
         numbers = value if isinstance(value,tuple) else (value,)
+        if any(isinstance(v,bool)!=(f.type is bool) for v in numbers):   # True is an int to Python
+            raise ValueError(f'{f.name}={value!r}: has to be {kind}')
         if any(isinstance(v,float) and not math.isfinite(v) for v in numbers):
             raise ValueError(f'{f.name}={value!r}: has to be finite')
 

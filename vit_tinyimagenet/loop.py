@@ -33,7 +33,7 @@ class StopRequest:
         return self
     def _ask(self, number, frame):
         self.asked = signal.Signals(number).name
-        signal.signal(number, self.old[number])
+        if number==signal.SIGINT: signal.signal(number, self.old[number])   # a second Ctrl-C does not wait
     def __exit__(self, *exc):
         for s,handler in self.old.items(): signal.signal(s, handler)
     def __bool__(self)->bool: # the same for all processes, which wait for each other here

@@ -221,7 +221,7 @@ def run_differences(a:Path, b:Path # folders of finished runs, with their checkp
     return [name for name,read in parts.items() if not alike(read(Path(a)), read(Path(b)))]
 
 # %% ../nbs/08_record.ipynb #3664e67d
-MAY_DIFFER = ('max_minutes','checkpoint_minutes','device','accumulate')
+MAY_DIFFER = ('max_minutes','checkpoint_minutes','device','accumulate','deterministic')
 
 def config_identity(config:Any # a recipe: a dataclass with `train`
                    )->dict:

@@ -11,6 +11,8 @@ import contextlib, math, warnings
 import torch
 from torch import Tensor, nn
 
+from .parallel import world
+
 # %% ../nbs/06a_signs.ipynb #f297b6ab
 def judge_first_loss(loss:float,     # cross-entropy before the first step, in nats
                      num_classes:int # K
@@ -66,6 +68,7 @@ def explain_out_of_memory(batch_size:int, # of a step
         signs = ('out of memory', "can't allocate memory", 'Unable to allocate')
         if not isinstance(e,MemoryError) and not any(s in str(e) for s in signs): raise
         said = str(e).strip().splitlines()[0] if str(e) else 'no more'
-        parts = f'accumulate={2*accumulate}, the same run in parts, or ' if batch_size>2*accumulate else ''
+        share = batch_size/world().size
+        parts = f'accumulate={2*accumulate}, the same run in parts, or ' if share>2*accumulate else ''
         raise MemoryError(f'out of memory at batch_size={batch_size}: try {parts}a smaller model. '
                           f'The allocator says: {said}') from e

@@ -67,6 +67,7 @@ def check_train(cfg:TrainConfig):
           for f in ('patience','min_delta','checkpoint_minutes')),
         *((f, getattr(cfg,f) is None or getattr(cfg,f)>0, 'has to be above 0, or None') for f in minutes),
         ('precision', cfg.precision in PRECISIONS, one_of(*PRECISIONS)),
+        ('device', cfg.device.split(':')[0] in (devices := ('auto','cuda','mps','cpu')), one_of(*devices)),
         ('patience', not cfg.patience or cfg.watch!='none', "needs watch='minival' or 'valid'"),
         ('patch_drop', in_order, 'give pairs (fraction of the run, share dropped below 1), in order'))
 
@@ -168,7 +169,8 @@ def gradients(state:TrainState, batch:Batch, loss_fn:Callable, progress:float)->
             if i==0: state.opt.zero_grad()
             state.scaler.scale(loss*(part.weight*size)).backward()   # which averages over processes
         means += part.weight*torch.stack([loss.detach(), top1])
-    return summed(means)
+    if size>1: state.recent.append((state.step+1, summed(means)[0]))   # all see what one of them may have
+    return means
 
 # %% ../nbs/07_train.ipynb #74025ab0
 def train_step(state:TrainState,
