@@ -50,7 +50,9 @@ def save_checkpoint(state:dict, # tensors, numbers, strings, lists and dicts of 
     for left in path.parent.glob(f'{path.name}.tmp-*'): left.unlink(missing_ok=True)   # of a kill
     with written_whole(path) as part:
         with open(part,'wb') as f:
-            torch.save(state, f)
+            try: torch.save(state, f)
+            except RuntimeError as e:   # of torch, where a disk is full: the cause is one below
+                raise e.__context__ if isinstance(e.__context__,OSError) else e
             f.flush(); os.fsync(f.fileno())
         if path.exists(): os.replace(path, previous(path))
 
