@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
@@ -31,8 +30,8 @@ from .ops import keep_memory
 from .optim import OptimConfig
 from .parallel import anyone, joined, refuse_differences, say, world
 from .record import (LiveCurve, Run, config_differences, config_identity, peak_gib,
-                                     plot_curves, predictions_frame, provenance, write_json, write_log,
-                                     write_text)
+                                     plot_curves, predictions_frame, provenance, save_figure, write_json,
+                                     write_log, write_text)
 from .train import TrainConfig, TrainState, supervised_loss
 from .views import show_batch
 from .vit import VisionTransformer, VitConfig
@@ -346,8 +345,7 @@ def start_record(folder:Path, recipe:Recipe, data:Pack, train_on:Split, sittings
     named = asdict(replace(recipe, data=data.meta['source'], init=init))   # where they lie is of no matter
     write_json(folder/'config.json', dict(recipe=named, sittings=sittings))
     fig = show_batch(train_on, data.meta, recipe.augment, seed=recipe.train.seed)
-    fig.savefig(folder/'samples.png', dpi=80)
-    plt.close(fig)
+    save_figure(fig, folder/'samples.png')
 
 # %% ../nbs/09_recipes.ipynb #48f578a1
 def selection(recipe:Recipe)->str:
@@ -379,9 +377,7 @@ def finish_record(folder:Path, recipe:Recipe, data:Pack, state:TrainState, n_ima
     seen = dict(mean=recipe.augment.mean or data.meta['mean'], std=recipe.augment.std or data.meta['std'])
     save_release(model, folder/'model.safetensors', {**data.meta, **seen})
     for what in ('top1','loss'):
-        fig = plot_curves({recipe.name:run.log}, what)
-        fig.savefig(folder/f'curves_{what}.png', dpi=80)
-        plt.close(fig)
+        save_figure(plot_curves({recipe.name:run.log}, what), folder/f'curves_{what}.png')
     steps_per_epoch = -(-n_images//recipe.train.batch_size)
     epochs = state.epoch if state.step%steps_per_epoch==0 else round(state.step/steps_per_epoch, 2)
     of_first = {k:v for k,v in sittings[0].items() if k not in ('precision','from_step','processes')}
