@@ -111,7 +111,7 @@ def plot_confusion(matrix:pd.DataFrame,       # as `confusion` gives it
     order = (order or cluster_order(matrix))[zoom or slice(None)]
     counts = matrix.loc[order,order].to_numpy()
     fig,ax = plt.subplots(figsize=(6.4,5.6))
-    shown = ax.imshow(np.log1p(counts), cmap='magma')
+    shown = ax.imshow(np.log1p(counts), cmap='magma', interpolation='nearest')
     if zoom:
         ticks = range(len(order)),[short_name(names[c],18) for c in order]
         ax.set_xticks(*ticks, rotation=90, fontsize=7); ax.set_yticks(*ticks, fontsize=7)
@@ -147,6 +147,7 @@ def show_mistakes(rows:pd.DataFrame, # of the table
     fig = show_images(x, titles, ncols)
     fig.set_size_inches(fig.get_figwidth(), 1.25*fig.get_figheight())   # titles of two lines
     fig.subplots_adjust(hspace=.5, top=.9)
+    fig.set_dpi(84)
     return fig
 
 def top_losses(frame:pd.DataFrame, n:int=16)->pd.DataFrame:

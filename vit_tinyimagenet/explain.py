@@ -108,6 +108,7 @@ def show_maps(images:Tensor,          # (B,3,H,W) uint8
     for ax,name in zip(fig.axes[::len(images)], ['image',*maps]):
         ax.text(-.08, .5, name, transform=ax.transAxes, rotation=90, ha='right', va='center', fontsize=8)
     fig.subplots_adjust(left=.04)
+    fig.set_dpi(84)
     return fig
 
 # %% ../nbs/11_explain.ipynb #522e3860
@@ -136,14 +137,14 @@ def patch_filters(model:VisionTransformer,
 @torch.inference_mode()
 def feature_colours(model:VisionTransformer, x:Tensor # (B,3,H,W), normalised
                    )->Tensor:                         # (B,3,g,g) in 0..1
-    "The first three principal components of all images' patch features together."
-    f = as_grid(model.forward_features(x).float())
-    flat = f.movedim(1,-1).flatten(0,2)
-    flat = flat-flat.mean(0)
-    main = flat@torch.linalg.svd(flat, full_matrices=False).Vh[:3].T
-    low,high = main.quantile(.02,0),main.quantile(.98,0)
+    "The first three principal components of each image's patch features."
+    grid = as_grid(model.forward_features(x).float())
+    f = grid.flatten(2).mT
+    f = f-f.mean(1,keepdim=True)
+    main = f@torch.linalg.svd(f, full_matrices=False).Vh[:,:3].mT
+    low,high = (main.quantile(q,1,keepdim=True) for q in (.02,.98))
     share = ((main-low)/(high-low).clamp(min=1e-12)).clamp(0,1)
-    return share.unflatten(0, (len(x),*f.shape[2:])).movedim(-1,1)
+    return share.mT.unflatten(2, grid.shape[2:])
 
 # %% ../nbs/11_explain.ipynb #fb27f834
 @torch.inference_mode()
