@@ -13,7 +13,8 @@ from pathlib import Path
 
 from cells import ROOT, Notebook, cfg
 
-PINS = ['torch==2.11.*', 'torchvision==0.26.*', 'numpy==2.0.*', 'ipython==7.34.*', 'ipykernel<7', 'setuptools']
+PINS = '''torch==2.11.* torchvision==0.26.* numpy==2.0.* pillow==11.3.* matplotlib==3.10.* fastcore==1.13.* ipython==7.34.*
+    ipykernel<7 setuptools'''.split()
 # run as `ipython file`: a module of that name is how a cell knows that it is in Colab
 AS_COLAB = '''import sys, types
 sys.modules['google.colab'] = types.ModuleType('google.colab')
@@ -34,7 +35,7 @@ def environment(folder):
     "A virtual environment with Colab's versions; one that is there is used again."
     python = folder/'bin'/'python'
     if not (folder/'.installed').exists():
-        subprocess.run([sys.executable, '-m', 'venv', '--clear', str(folder)], check=True)
+        subprocess.run([sys.executable, '-m', 'venv', str(folder)], check=True)
         subprocess.run([str(python), '-m', 'pip', '-q', '--disable-pip-version-check', 'install', *PINS], check=True)
         (folder/'.installed').touch()
     return python
