@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt, numpy as np, torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import Draws, check_fields, one_of
+from .core import Draws, check_fields, check_types, one_of
 
 # %% ../nbs/02_augment.ipynb #052bf832
 def show_images(x:Tensor|np.ndarray|list,   # (B,3,H,W) uint8 or float in 0..1, or a list of (3,H,W)
@@ -243,16 +243,15 @@ class AugmentConfig:
     std:tuple[float,float,float]|None = None  # per channel; None: the dataset's
 
     def __post_init__(self):
+        check_types(self)
         size,j = self.crop_size,self.color_jitter
-        mean,std = ((1,1,1) if v is None else v for v in (self.mean,self.std))
         check_fields(self,
             ('crop_size', size is None or size>0, 'at least 1 pixel, or None for the whole image'),
             ('pad', self.pad>=0, 'at least 0 pixels'), ('degrees', 0<=self.degrees<=180, 'between 0 and 180'),
             ('pad_mode', self.pad_mode in ('reflect','constant'), one_of('reflect','constant')),
-            ('color_jitter', len(j)==4 and min(j)>=0 and j[3]<=.5, 'four from 0 up, the last at most 0.5'),
+            ('color_jitter', min(j)>=0 and j[3]<=.5, 'four from 0 up, the last at most 0.5'),
             *((f, 0<=getattr(self,f)<=1, 'between 0 and 1') for f in ('cutmix','cutmix_until')),
-            ('mean', len(mean)==3, 'three numbers, one a channel, or None'),
-            ('std', len(std)==3 and min(std)>0, 'three numbers above 0, one a channel, or None'))
+            ('std', min(self.std or (1,))>0, 'three numbers above 0, one a channel, or None'))
 
 # %% ../nbs/02_augment.ipynb #00646ad8
 def augment(x:Tensor,          # (B,3,H,W) uint8

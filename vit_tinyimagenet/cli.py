@@ -7,7 +7,7 @@ __all__ = ['TrainArgs', 'usage', 'chosen', 'parse', 'train_main', 'AblateArgs', 
            'ablate_main', 'in_background']
 
 # %% ../nbs/19_cli.ipynb #2ab4cd6d
-import subprocess, sys
+import os, subprocess, sys
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from .ablate import Study, ablate
+from .parallel import TORCHRUN, say
 from .recipes import RECIPES, Recipe, train
 from .record import results_table
 from .studies import STUDIES
@@ -26,6 +27,7 @@ class TrainArgs:
     "What a command line says besides the recipe."
     recipe: Annotated[Recipe, tyro.conf.arg(name='')]   # its fields keep their own names
     out: str = 'results'     # the run's folder is made inside
+    mirror: str|None = None  # a second place for that folder, such as a mounted drive
     min_top1: float = 0.     # exit code 1 when the final top-1 is below this fraction
 
 def usage(prog:str, named:dict)->str:
@@ -37,10 +39,8 @@ def usage(prog:str, named:dict)->str:
 def chosen(prog:str, named:dict, argv:list[str])->str:
     "The first argument, one of `named`; exits with 2 and a message for a bad one."
     name = argv[0] if argv else '--help'
-    if name in ('-h','--help'):
-        print(usage(prog, named))
-        sys.exit(0)
     if name in named: return name
+    if name in ('-h','--help'): print(usage(prog, named)); sys.exit(0)
     print(f"{prog}: no '{name}'\n{usage(prog,named)}", file=sys.stderr)
     sys.exit(2)
 
@@ -52,14 +52,14 @@ def parse(argv:list[str])->TrainArgs:
 
 # %% ../nbs/19_cli.ipynb #4389aef4
 def train_main(argv:list[str]|None=None):
-    "The command `vit_train`: exit code 0 when the run is finished, 3 when it was stopped and can go on."
+    "The command `vit_train`: exit code 0 when the run is finished, 3 when it was stopped (by torchrun, 0)."
     args = parse(sys.argv[1:] if argv is None else argv)
-    try: run = train(args.recipe, args.out)
+    try: run = train(args.recipe, args.out, mirror=args.mirror)
     except KeyboardInterrupt: sys.exit('vit_train: interrupted; run again to go on from the last checkpoint')
     except (ValueError,OSError,RuntimeError,MemoryError,FloatingPointError) as e: sys.exit(f'vit_train: {e}')
-    if not run.finished: sys.exit(3)
-    print(results_table([run]).to_string(index=False))
-    print(f'curves, samples, predictions and weights: {run.folder}/')
+    if not run.finished: sys.exit(0 if TORCHRUN<=os.environ.keys() else 3)   # which torchrun would restart
+    say(results_table([run]).to_string(index=False))
+    say(f'curves, samples, predictions and weights: {run.folder}/')
     top1 = run.summary['valid_top1']
     if top1<args.min_top1: sys.exit(f'vit_train: top-1 {top1:.3f} is below --min-top1 {args.min_top1}')
 
@@ -108,6 +108,7 @@ def ablate_main(argv:list[str]|None=None):
     try: study,args = parse_study(argv)
     except ValueError as e: sys.exit(f'vit_ablate: {e}')
     if args.background: return in_background(argv, Path(args.out)/study.name)
+    if TORCHRUN<=os.environ.keys(): sys.exit('vit_ablate: its runs have one process each: not by torchrun')
     try: summary = ablate(study, train, args.out)
     except KeyboardInterrupt: sys.exit('vit_ablate: interrupted; run again to go on')
     except (ValueError,OSError,RuntimeError,MemoryError,FloatingPointError) as e: sys.exit(f'vit_ablate: {e}')

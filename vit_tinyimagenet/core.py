@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'pick_device', 'has_native_bf16', 'pick_precision', 'autocast', 'mix64', 'Draws', 'shuffled',
-           'seed_step', 'check_fields', 'one_of', 'data_home', 'in_notebook', 'no_bar']
+           'seed_step', 'deterministic', 'check_fields', 'one_of', 'check_types', 'data_home', 'in_notebook', 'no_bar']
 
 # %% ../nbs/00_core.ipynb #a063dcde
-import contextlib, os, sys, zlib
+import contextlib, copy, math, os, sys, zlib
+from dataclasses import fields
 from pathlib import Path
+from typing import Iterator
 
 import torch
 from torch import Tensor
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 # %% ../nbs/00_core.ipynb #7e555d9f
 def pick_device(name:str='auto' # 'auto', 'cuda', 'mps' or 'cpu'
@@ -80,6 +83,11 @@ class Draws:
         key = torch.tensor(seed, dtype=torch.int64, device=positions.device)
         for part in (epoch, positions): key = mix64(key*_GOLDEN + part + 1)
         self.key,self.device = key,positions.device
+    def __getitem__(self, part:slice)->'Draws':
+        "Those of some of the images."
+        d = copy.copy(self)
+        d.key = self.key[part]
+        return d
     def bits(self, stream:str, # what the numbers are for, such as 'flip'
              n:int             # numbers an image
             )->Tensor:         # (B,n) int64
@@ -99,12 +107,27 @@ def shuffled(n:int,     # items
     return Draws(seed, epoch, torch.arange(n)).bits('order',1)[:,0].argsort(stable=True)
 
 # %% ../nbs/00_core.ipynb #027e89d9
-def seed_step(seed:int, # of the run
-              step:int  # optimiser steps done before this one
+def seed_step(seed:int,  # of the run
+              step:int,  # optimiser steps done before this one
+              rank:int=0 # of the process
              ):
-    "Set torch's generators as a pure function of (seed, step)."
+    "Set torch's generators as a pure function of (seed, step, rank)."
     key = mix64(mix64(torch.tensor(seed)*_GOLDEN + 1) + step)
-    torch.manual_seed(key.item())
+    torch.manual_seed((key if rank==0 else mix64(key + rank)).item())
+
+# %% ../nbs/00_core.ipynb #a69c8c08
+@contextlib.contextmanager
+def deterministic(on:bool=True # False: nothing changes
+                 )->Iterator[None]:
+    "Only operations that give the same bits each time on a device; `RuntimeError` for one with no such form."
+    if not on:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # cuBLAS looks there when it starts
+    torch.use_deterministic_algorithms(True)
+    try: yield
+    finally: torch.use_deterministic_algorithms(before)
 
 # %% ../nbs/00_core.ipynb #cac64428
 def check_fields(cfg,   # a dataclass instance
@@ -118,6 +141,19 @@ def one_of(*allowed:str)->str:
     "The fix of a field with a few allowed values."
     return f"choose one of {', '.join(map(repr,allowed))}"
 
+# %% ../nbs/00_core.ipynb #991137b1
+def check_types(cfg): # a dataclass instance
+    "Raise `ValueError` for the first field that is not of its annotated type, or not finite."
+    for f in fields(cfg):
+        value,kind = getattr(cfg,f.name),f.type.__name__ if type(f.type) is type else f.type
+        try: check_type(value, f.type, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError as e: raise ValueError(f'{f.name}={value!r}: has to be {kind}') from e
+        numbers = value if isinstance(value,tuple) else (value,)
+        if any(isinstance(v,bool)!=(f.type is bool) for v in numbers):   # True is an int to Python
+            raise ValueError(f'{f.name}={value!r}: has to be {kind}')
+        if any(isinstance(v,float) and not math.isfinite(v) for v in numbers):
+            raise ValueError(f'{f.name}={value!r}: has to be finite')
+
 # %% ../nbs/00_core.ipynb #6de172fb
 def data_home()->Path:
     "Folder of downloaded and packed datasets."
@@ -129,5 +165,5 @@ def in_notebook()->bool:
     return 'ipykernel' in sys.modules
 
 def no_bar()->bool:
-    "Whether to leave progress bars out: neither a terminal nor a notebook is watching."
-    return not (sys.stderr.isatty() or in_notebook())
+    "Whether to leave progress bars out: nobody is watching, or the first of several processes has its own."
+    return not (sys.stderr.isatty() or in_notebook()) or os.environ.get('RANK','0')!='0'

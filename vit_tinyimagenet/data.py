@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACK_FORMAT', 'to_rgb', 'open_image', 'to_square', 'decode', 'Chunk', 'read_meta', 'pack', 'Split', 'Pack',
-           'open_data', 'minival_split', 'hold_out', 'first_classes', 'Batch', 'Batches', 'channel_mean_probe']
+           'open_data', 'minival_split', 'hold_out', 'first_classes', 'Batch', 'own_part', 'Batches',
+           'channel_mean_probe']
 
 # %% ../nbs/01_data.ipynb #3ba36781
 import copy, errno, glob, hashlib, io, json, math, mmap, os, re, shutil
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import Draws, data_home, no_bar, shuffled
+from .parallel import World, shard
 from .sources import MD5, Listing, download, list_source, lock, open_source, writing
 from .twin import make_twin
 
@@ -235,6 +237,10 @@ class Split(NamedTuple):
     def to(self, device:torch.device|str)->'Split':
         "With its images in a device's memory; of a part, only that part."
         return self._replace(images=self.images[self.at(slice(None))].to(device), rows=None, mapped=None)
+    def read(self, index:Tensor, device:torch.device|str)->Tensor: # (i,) int64 -> (i,3,H,W) uint8
+        "Images, copied to a device."
+        self.release()   # or all that was ever read counts as ours. Plain indexing is eight times as slow:
+        return self.images.index_select(0, self.at(index).to(self.images.device)).to(device)
     def release(self):
         "Give the pages of the file back to the system, which keeps them cached while it has no better use."
         if self.mapped is not None and hasattr(mmap,'MADV_DONTNEED'):   # Windows has none
@@ -344,18 +350,35 @@ class Batch(NamedTuple):
     x: Tensor     # (B,3,H,W) uint8
     y: Tensor     # (B,) int64
     draws: Draws  # random numbers of each image
+    weight: float = 1.   # of their mean in that of the whole batch, which several processes may share
+    def parts(self, n:int)->list['Batch']:
+        "Up to `n` parts, which together weigh as much."
+        b = len(self.y)
+        cuts = [c for c in (shard(b,i,n) for i in range(n)) if c.stop>c.start]
+        return [Batch(self.x[c], self.y[c], self.draws[c], self.weight*(c.stop-c.start)/b) for c in cuts]
+
+def own_part(start:int, # position of a batch in the epoch's order
+             n:int,     # its images
+             world:World)->tuple[Tensor,float]: # positions of this process's images, the weight of their mean
+    "What a process takes of a batch: to keep in step at least one image, which may count for nothing."
+    part = shard(n, *world)
+    own = range(n)[part] or range(1)
+    return start+torch.arange(own.start, own.stop), (part.stop-part.start)/n
 
 # %% ../nbs/01_data.ipynb #666095f9
 class Batches:
     "Batches of a split; on CUDA the whole split lives on the device."
     def __init__(self, split:Split, batch_size:int, seed:int=0,
                  shuffle:bool=True,              # another order every epoch
-                 device:torch.device|str='cpu'
+                 device:torch.device|str='cpu',
+                 world:World=World()             # of each batch, this process gets its part
                 ):
         self.split = split.to(device) if torch.device(device).type=='cuda' else split
-        self.images,self.labels,self.device = self.split.images,split.labels,device
+        self.labels,self.device,self.world = split.labels,device,world
         self.batch_size,self.seed,self.shuffle = batch_size,seed,shuffle
     def __len__(self)->int: return math.ceil(len(self.labels)/self.batch_size)
+    def n_images(self, batch:int)->int: # of a batch, over all processes
+        return min(self.batch_size, len(self.labels)-batch*self.batch_size)
     def epoch(self,
               epoch:int=0, # counted from 0
               start:int=0  # batches to leave out, done before
@@ -363,13 +386,11 @@ class Batches:
         "The batches of one epoch; the last may be smaller."
         n = len(self.labels)
         order = shuffled(n, self.seed, epoch) if self.shuffle else torch.arange(n)
-        for i in range(start*self.batch_size, n, self.batch_size):
-            index = order[i:i+self.batch_size]
-            positions = torch.arange(i, i+len(index), device=self.device)
-            self.split.release()   # or all of them count as ours by the end
-            # plain indexing is eight times as slow
-            x = self.images.index_select(0, self.split.at(index).to(self.images.device)).to(self.device)
-            yield Batch(x, self.labels[index].to(self.device), Draws(self.seed, epoch, positions))
+        for i in range(start, len(self)):
+            positions,weight = own_part(i*self.batch_size, self.n_images(i), self.world)
+            index,draws = order[positions],Draws(self.seed, epoch, positions.to(self.device))
+            x,y = self.split.read(index, self.device),self.labels[index].to(self.device)
+            yield Batch(x, y, draws, weight)
 
 # %% ../nbs/01_data.ipynb #40b497f9
 def channel_mean_probe(pack:Pack)->float:

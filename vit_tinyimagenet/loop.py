@@ -17,26 +17,30 @@ from .core import autocast, no_bar, seed_step
 from .data import Batch, Batches
 from .metrics import WeightedMean
 from .optim import lr_at
+from .parallel import anyone, fingerprint, from_first, refuse_differences, say, world
 from .signs import explain_out_of_memory, judge_accuracies, judge_first_loss
 from .train import TrainState, look_at_losses, train_step, undone
 
 # %% ../nbs/07b_loop.ipynb #3a5d9edd
 class StopRequest:
     "A context in which Ctrl-C and SIGTERM, or the end of `minutes`, set `reason` instead of raising."
-    def __init__(self, minutes:float|None=None): self.minutes,self.reason = minutes,''
+    def __init__(self, minutes:float|None=None):
+        self.minutes,self.asked,self.reason = minutes,'',''   # `reason` is agreed upon
     def __enter__(self):
         self.start,self.old = time.monotonic(),{}
         if threading.current_thread() is threading.main_thread():   # Python allows handlers nowhere else
             self.old = {s:signal.signal(s,self._ask) for s in (signal.SIGINT,signal.SIGTERM)}
         return self
     def _ask(self, number, frame):
-        self.reason = signal.Signals(number).name
-        signal.signal(number, self.old[number])
+        self.asked = signal.Signals(number).name
+        if number==signal.SIGINT: signal.signal(number, self.old[number])   # a second Ctrl-C does not wait
     def __exit__(self, *exc):
         for s,handler in self.old.items(): signal.signal(s, handler)
-    def __bool__(self)->bool:
+    def __bool__(self)->bool: # the same for all processes, which wait for each other here
+        reasons = ('','SIGINT','SIGTERM',f'the end of {self.minutes or 0:g} minutes')
         over = self.minutes is not None and time.monotonic()-self.start>=self.minutes*60
-        if over and not self.reason: self.reason = f'the end of {self.minutes:g} minutes'
+        if over and not self.asked: self.asked = reasons[-1]
+        if not self.reason: self.reason = reasons[anyone(reasons.index(self.asked))]
         return bool(self.reason)
 
 # %% ../nbs/07b_loop.ipynb #1ae9faad
@@ -71,8 +75,9 @@ def train_one_epoch(state:TrainState, batches:Batches, loss_fn:Callable, stop:St
     state.model.train()
     n,saved = len(batches),time.monotonic()
     for batch in with_bar(batches, state, live):
+        n_images = batches.n_images(state.batch)
         loss,top1 = train_step(state, batch, loss_fn, *rate_and_progress(state,n))
-        state.loss.update(loss,len(batch.y)); state.top1.update(top1,len(batch.y))
+        state.loss.update(loss,n_images); state.top1.update(top1,n_images)
         if stop: return state.batch==n or state.step==state.total_steps
         if time.monotonic()-saved>state.cfg.checkpoint_minutes*60: save(); saved = time.monotonic()
     return True
@@ -92,7 +97,7 @@ def seconds_a_step(state:TrainState, batches:Batches, loss_fn:Callable,
     with undone(state):
         steps(6)
         rounds = [steps(24)]
-        while sum(rounds)*24<at_least_s: rounds.append(steps(24))
+        while from_first(sum(rounds)*24<at_least_s): rounds.append(steps(24))
     return sum(rounds)/len(rounds)
 
 # %% ../nbs/07b_loop.ipynb #ccf32798
@@ -116,14 +121,15 @@ def plan_steps(state:TrainState, batches:Batches, loss_fn:Callable, evaluate:Cal
     step_s,mark = seconds_a_step(state, batches, loss_fn, cfg.budget_minutes*3),time.perf_counter()
     def room()->int:
         now = time.perf_counter()
-        return steps_within(cfg.budget_minutes*60-reserve_s-(now-start), step_s, now-mark, n)
+        left_s = cfg.budget_minutes*60-reserve_s-(now-start)
+        return int(from_first(steps_within(left_s, step_s, now-mark, n)))
     if evaluate: evaluate(state.averaged())
     if room(): save()   # to time it, but not where nothing is to begin
     if not (steps := room()):
         ready_s = time.perf_counter()-start
         raise ValueError(f'budget_minutes={cfg.budget_minutes:g}: no room for a step of {step_s:.2f} s; '
                          f'getting ready took {ready_s:.0f} s, the end needs {reserve_s:.0f} s')
-    print(f'{steps} steps, {steps/n:.1f} epochs, fit into {cfg.budget_minutes:g} minutes', flush=True)
+    say(f'{steps} steps, {steps/n:.1f} epochs, fit into {cfg.budget_minutes:g} minutes')
     return steps
 
 # %% ../nbs/07b_loop.ipynb #2ae15d82
@@ -164,13 +170,13 @@ def fit(state:TrainState, batches:Batches, loss_fn:Callable,
         reserve_s:float=0.              # of a time budget, for what follows
        )->list[dict]:                   # the history; `state.ended` says why it ends here
     "Train to the end of the run, or until stopped; may be called again, with a restored state too."
-    mark = time.perf_counter()
+    mark,cfg = time.perf_counter(),state.cfg
     def count_and_save():
         nonlocal mark
         state.wall_s,mark = state.wall_s+time.perf_counter()-mark,time.perf_counter()
         look_at_losses(state)
         save()
-    with StopRequest(state.cfg.max_minutes) as stop, explain_out_of_memory(state.cfg.batch_size):
+    with StopRequest(cfg.max_minutes) as stop, explain_out_of_memory(cfg.batch_size, cfg.accumulate):
         if state.total_steps is None:
             begin(state, batches, loss_fn, evaluate, save, num_classes, reserve_s)
             count_and_save()   # the length, so that whatever happens next it is not fixed anew
@@ -190,6 +196,7 @@ def run_epoch(state:TrainState, batches:Batches, loss_fn:Callable, evaluate:Call
     if not train_one_epoch(state, batches, loss_fn, stop, save, live): return None
     done = min(state.batch*state.cfg.batch_size, n_images)-before
     images_per_s = done/(time.perf_counter()-start) if done else math.nan   # only its evaluation was left
+    if world().size>1: refuse_differences(fingerprint(state.model), f'weights after step {state.step} differ')
     row = end_epoch(state, images_per_s, evaluate(state.averaged()) if evaluate else {})
     live(state)
     return row

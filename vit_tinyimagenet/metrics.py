@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import autocast
+from .parallel import anyone, summed, world
 
 # %% ../nbs/05_metrics.ipynb #642d3690
 class WeightedMean:
@@ -58,14 +59,17 @@ def predict_split(model:nn.Module,
                   transform:Callable,  # batch -> (B,3,H,W) float, normalised
                   precision:str='fp32' # see `pick_precision`
                  )->Predictions:
-    "Logits of every image, the model in evaluation mode (and back in its own afterwards)."
-    was_training,out = model.training,[]
+    "Logits of every image, the model in evaluation mode; several processes take the batches in turn."
+    (rank,size),was_training,logits,labels = world(),model.training,[],[]
     model.eval()
-    for b in batches:
-        with autocast(b.x.device, precision): logits = model(transform(b))
-        out.append((logits.float().cpu(), b.y.cpu()))
-    model.train(was_training)
-    return Predictions(*map(torch.cat, zip(*out)))
+    for i,b in enumerate(batches):
+        labels.append(b.y.cpu())
+        with autocast(b.x.device, precision): own = model(transform(b)) if i%size==rank else None
+        logits.append(None if own is None else own.float().cpu())
+    model.train(was_training)   # back in its own mode
+    k = anyone(max((o.shape[1] for o in logits if o is not None), default=0))
+    whole = [torch.zeros(len(y),k) if o is None else o for o,y in zip(logits,labels)]
+    return Predictions(summed(torch.cat(whole)), torch.cat(labels))
 
 # %% ../nbs/05_metrics.ipynb #c45d0f42
 def average(*parts:Predictions # of the same images, in the same order

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .core import check_fields, has_native_bf16, one_of
+from .core import check_fields, check_types, has_native_bf16, one_of
 
 # %% ../nbs/04_optim.ipynb #575d494e
 @dataclass(frozen=True)
@@ -28,8 +28,12 @@ class OptimConfig:
     schedule_epochs: float|None = None       # where the schedule reaches 0; None for the end of the run
     per_epoch: bool = False                  # hold the rate for a whole epoch, so that the first one has lr 0
     def __post_init__(self):
+        check_types(self)
         check_fields(self, ('opt', self.opt in ('muon','adamw'), one_of('muon','adamw')),
             ('schedule', self.schedule in ('linear','cosine'), one_of('linear','cosine')),
+            ('betas', all(0<=b<1 for b in self.betas), 'two numbers in [0,1)'),
+            ('schedule_epochs', self.schedule_epochs is None or self.schedule_epochs>0,
+             'has to be above 0, or None'),
             *((f, getattr(self,f)>=0, 'has to be 0 or more') for f in ('lr','weight_decay','warmup_epochs')))
 
 # %% ../nbs/04_optim.ipynb #d4c5ebb9

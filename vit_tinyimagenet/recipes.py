@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RECIPES', 'FORMAT', 'FINISHED', 'Recipe', 'demo', 'laptop', 'sprint', 'original_notebook', 'original_readme',
            'own_images', 'fine_tune', 'recipe_data', 'splits_of', 'named_splits', 'clean_view', 'ordered', 'watcher',
-           'identity', 'resume', 'fit_to_data', 'new_state', 'run_folder', 'loop_parts', 'seconds_to_evaluate', 'train',
-           'fit_recipe', 'print_row', 'find_lr', 'start_record', 'selection', 'evaluate_valid', 'finish_record']
+           'identity', 'prepare_folder', 'resume', 'fit_to_data', 'new_state', 'run_folder', 'loop_parts',
+           'seconds_to_evaluate', 'as_it_stands', 'train_here', 'train', 'fit_recipe', 'print_row', 'find_lr',
+           'start_record', 'selection', 'evaluate_valid', 'finish_record']
 
 # %% ../nbs/09_recipes.ipynb #10e718ee
 import itertools, json, time, warnings
@@ -14,22 +15,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
 from .augment import AugmentConfig, augment, center_normalize
-from .checkpoint import load_checkpoint, previous, save_checkpoint, save_release, start_from
-from .core import check_fields, in_notebook
+from .checkpoint import (copy_run, load_checkpoint, mirror_run, previous, save_checkpoint,
+                                         save_release, start_from)
+from .core import check_fields, check_types, deterministic, in_notebook, pick_device
 from .data import Batches, Pack, Split, first_classes, hold_out, open_data
 from .loop import fit
 from .lr_finder import lr_finder, plot_lr, suggest_lr
 from .metrics import Predictions, predict_split
 from .ops import keep_memory
 from .optim import OptimConfig
+from .parallel import anyone, joined, refuse_differences, say, world
 from .record import (LiveCurve, Run, config_differences, config_identity, peak_gib,
-                                     plot_curves, predictions_frame, provenance, write_json, write_log,
-                                     write_text)
+                                     plot_curves, predictions_frame, provenance, save_figure, write_json,
+                                     write_log, write_text)
 from .train import TrainConfig, TrainState, supervised_loss
 from .views import show_batch
 from .vit import VisionTransformer, VitConfig
@@ -50,6 +52,9 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     def __post_init__(self):
+        check_types(self)
+        check_fields(self, ('img_size', self.img_size>=1, 'has to be at least 1'),
+                     ('classes', self.classes is None or self.classes>=1, 'has to be at least 1, or None'))
         seen,has = self.augment.crop_size or self.img_size,self.vit.img_size
         if seen!=has:
             raise ValueError(f'vit.img_size={has}: images have {seen} (augment.crop_size, else img_size)')
@@ -145,7 +150,8 @@ def clean_view(recipe:Recipe, meta:dict)->Callable: # batch -> (B,3,H,W)
 
 def ordered(split:Split, recipe:Recipe, state:TrainState)->Batches:
     "Batches of a split in its own order, drawing other random numbers than the training does."
-    return Batches(split, recipe.train.batch_size, recipe.train.seed+1, shuffle=False, device=state.device)
+    size = min(recipe.train.batch_size, 256)   # of large ones a process may bear a share only
+    return Batches(split, size, recipe.train.seed+1, shuffle=False, device=state.device)
 
 def watcher(recipe:Recipe, split:Split|None, meta:dict, state:TrainState)->Callable|None: # model -> dict
     "What `fit` evaluates after each epoch; the original's was augmented, and anew every epoch."
@@ -160,6 +166,22 @@ FORMAT = 1   # of checkpoints: raised when their contents change
 def identity(recipe:Recipe, data:Pack)->dict:
     "What makes two sittings one run: the recipe, and the data by its hash."
     return {**config_identity(recipe), 'data':data.meta['data_sha256']}
+
+# %% ../nbs/09_recipes.ipynb #b091547c
+def prepare_folder(folder:Path, mirror:Path|None,
+                   same:dict # `identity` of the run that is to be begun or gone on with
+                  ):
+    "Make a run's folder, fetched where its second place is ahead; `ValueError` if that is another run's."
+    folder.mkdir(parents=True, exist_ok=True)
+    if mirror is None: return
+    if not mirror.parent.is_dir(): raise ValueError(f'--mirror {mirror.parent}: mount the drive, or make it')
+    here,there = (load_checkpoint(f/'checkpoint.pt') for f in (folder,mirror))
+    if there is None: return
+    other = '; '.join(config_differences(there['identity'], same))
+    if other: raise ValueError(f'{mirror} is of another run; choose another --mirror, or delete it: {other}')
+    ahead = not (folder/'summary.json').exists() if here is None else (
+            here['identity']==there['identity'] and here['state']['step']<there['state']['step'])
+    if ahead: copy_run(mirror, folder)
 
 # %% ../nbs/09_recipes.ipynb #2829af09
 def resume(state:TrainState, recipe:Recipe, data:Pack,
@@ -177,7 +199,7 @@ def resume(state:TrainState, recipe:Recipe, data:Pack,
     if other: raise ValueError(f'{folder} is of another run; choose another --out, or delete it: {other}')
     state.load_state_dict(saved['state'])
     if (folder/'summary.json').exists(): return saved['sittings']
-    print(f'going on with {folder} after step {state.step}')
+    say(f'going on with {folder} after step {state.step}')
     before = saved['sittings'][-1]['precision']
     if before!=state.precision:
         warnings.warn(f'{folder} was computed in {before} so far, and goes on in {state.precision} on this '
@@ -219,8 +241,9 @@ def run_folder(recipe:Recipe, out:str|Path)->Path:
 # %% ../nbs/09_recipes.ipynb #cde3cc33
 def loop_parts(recipe:Recipe, data:Pack, train_on:Split, state:TrainState)->tuple[Batches,Callable]:
     "A recipe's batches and its loss function."
-    batches = Batches(train_on, recipe.train.batch_size, recipe.train.seed, device=state.device)
-    return batches, supervised_loss(recipe.train, recipe.augment, data.meta['mean'], data.meta['std'])
+    cfg = recipe.train
+    batches = Batches(train_on, cfg.batch_size, cfg.seed, device=state.device, world=world())
+    return batches, supervised_loss(cfg, recipe.augment, data.meta['mean'], data.meta['std'])
 
 def seconds_to_evaluate(recipe:Recipe, data:Pack, state:TrainState)->float:
     "What the final evaluation will take, by two batches of it."
@@ -231,32 +254,57 @@ def seconds_to_evaluate(recipe:Recipe, data:Pack, state:TrainState)->float:
     predict_split(state.averaged(), timed, view, state.precision)
     return (time.perf_counter()-start)/len(timed)*len(batches)
 
+# %% ../nbs/09_recipes.ipynb #2e697d2c
+def as_it_stands(recipe:Recipe, folder:Path, data:Pack, mirror:Path|None
+                )->tuple[TrainState,list[dict]]: # and the provenance of its sittings
+    "The state of a run, begun or not, the same for all processes; raises `RuntimeError` where it is not."
+    if not world().rank: prepare_folder(folder, mirror, identity(recipe,data))
+    anyone(0)   # no process looks before
+    no_disk = f'{folder} is not there for all processes: put --out on a disk that all of them see'
+    refuse_differences(int(folder.is_dir()), no_disk)
+    state = new_state(recipe, data, folder)
+    sittings = resume(state, recipe, data, folder)
+    refuse_differences(state.step, f'processes stand at different steps: can all of them read {folder}?')
+    return state,sittings
+
+# %% ../nbs/09_recipes.ipynb #cb62d837
+def train_here(recipe:Recipe, folder:Path, data:Pack, log:Callable|None, mirror:Path|None)->Run:
+    "What each process does of a run; the first one writes."
+    began,recipe,first = time.perf_counter(),fit_to_data(recipe, data),not world().rank
+    state,sittings = as_it_stands(recipe, folder, data, mirror)
+    if (folder/'summary.json').exists():
+        if mirror and first: mirror_run(folder, mirror)   # the last time, it may have been away
+        return Run(folder)
+    # now, since the checkout may move on meanwhile
+    here = dict(provenance(state.device), processes=world().size)
+    sittings.append(dict(here, precision=state.precision, from_step=state.step))
+    train_on,watched = splits_of(recipe, data)
+    def save():
+        if not first: return
+        write_log(folder, state.history)
+        save_checkpoint(dict(format=FORMAT, identity=identity(recipe,data), meta=data.meta, sittings=sittings,
+                             state=state.state_dict()), folder/'checkpoint.pt')
+        if mirror: mirror_run(folder, mirror)
+    if first: start_record(folder, recipe, data, train_on, sittings)
+    fit_recipe(state, recipe, data, train_on, watched, save, log, began)
+    if state.ended in FINISHED: finish_record(folder, recipe, data, state, len(train_on.labels), sittings)
+    else: say(f'stopped by {state.ended} in epoch {state.epoch+1}; saved in {folder}, run again to go on')
+    if mirror and first: mirror_run(folder, mirror)
+    return Run(folder)
+
 # %% ../nbs/09_recipes.ipynb #132efa4a
 def train(recipe:Recipe,
           out:str|Path='results',        # the run's folder is made inside
           log:Callable|None=None,        # called with each epoch's row; None: print, or a live curve
-          home:Path|None=None            # where packed data is kept
+          home:Path|None=None,           # where packed data is kept
+          mirror:str|Path|None=None      # a second place for the run's folder, such as a mounted drive
          )->Run:                         # when it was stopped, not `finished`: call again to go on
-    "Carry out a recipe, or go on with it, and write its folder."
-    folder = run_folder(recipe, out)
-    data = recipe_data(recipe, home)
-    began,recipe = time.perf_counter(),fit_to_data(recipe, data)
-    state = new_state(recipe, data, folder)
-    sittings = resume(state, recipe, data, folder)
-    if (folder/'summary.json').exists(): return Run(folder)
-    # now, since the checkout may move on meanwhile
-    sittings.append(dict(provenance(state.device), precision=state.precision, from_step=state.step))
-    train_on,watched = splits_of(recipe, data)
-    start_record(folder, recipe, data, train_on, sittings)
-    def save():
-        write_log(folder, state.history)
-        save_checkpoint(dict(format=FORMAT, identity=identity(recipe,data), meta=data.meta, sittings=sittings,
-                             state=state.state_dict()), folder/'checkpoint.pt')
-    fit_recipe(state, recipe, data, train_on, watched, save, log, began)
-    if state.ended in FINISHED:
-        return finish_record(folder, recipe, data, state, len(train_on.labels), sittings)
-    print(f'stopped by {state.ended} in epoch {state.epoch+1}; saved in {folder}, run again to go on')
-    return Run(folder)
+    "Carry out a recipe, or go on with it, and write its folder; started by torchrun, with others."
+    with joined(pick_device(recipe.train.device)), deterministic(recipe.train.deterministic):
+        run = train_here(recipe, run_folder(recipe,out), recipe_data(recipe,home), log,
+                         mirror and Path(mirror)/recipe.name)
+        anyone(0)   # all is written before any process leaves
+    return run
 
 # %% ../nbs/09_recipes.ipynb #1f5cd627
 FINISHED = ('done','early stopping')
@@ -268,6 +316,7 @@ def fit_recipe(state:TrainState, recipe:Recipe, data:Pack, train_on:Split, watch
     shown = {}
     if in_notebook(): shown['live'] = LiveCurve()
     plain = (lambda row: None) if shown else print_row
+    if world().rank: log = lambda row: None
     if recipe.train.budget_minutes and state.total_steps is None:
         shown['reserve_s'] = seconds_to_evaluate(recipe,data,state)+time.perf_counter()-began
     state.wall_s += time.perf_counter()-began   # getting ready counts
@@ -296,8 +345,7 @@ def start_record(folder:Path, recipe:Recipe, data:Pack, train_on:Split, sittings
     named = asdict(replace(recipe, data=data.meta['source'], init=init))   # where they lie is of no matter
     write_json(folder/'config.json', dict(recipe=named, sittings=sittings))
     fig = show_batch(train_on, data.meta, recipe.augment, seed=recipe.train.seed)
-    fig.savefig(folder/'samples.png', dpi=80)
-    plt.close(fig)
+    save_figure(fig, folder/'samples.png')
 
 # %% ../nbs/09_recipes.ipynb #48f578a1
 def selection(recipe:Recipe)->str:
@@ -314,25 +362,26 @@ def evaluate_valid(folder:Path, recipe:Recipe, data:Pack, state:TrainState)->tup
     batches,start = ordered(data.valid, recipe, state),time.perf_counter()
     p = predict_split(state.averaged(), batches.epoch(), clean_view(recipe,data.meta), state.precision)
     eval_s = time.perf_counter()-start
-    write_text(folder/'valid_predictions.csv',
-               predictions_frame(p, data.valid.files, data.meta['wnids']).to_csv(index=False))
+    frame = predictions_frame(p, data.valid.files, data.meta['wnids'])
+    if not world().rank: write_text(folder/'valid_predictions.csv', frame.to_csv(index=False))
     return p,eval_s
 
 # %% ../nbs/09_recipes.ipynb #830607c3
 def finish_record(folder:Path, recipe:Recipe, data:Pack, state:TrainState, n_images:int,
-                  sittings:list[dict])->Run:
+                  sittings:list[dict]):
     "Evaluate the last averaged weights on valid, once, and write everything that follows from it."
-    model,run = state.averaged(),Run(folder)
+    model = state.averaged()
     p,eval_s = evaluate_valid(folder, recipe, data, state)
+    if world().rank: return
+    run = Run(folder)
     seen = dict(mean=recipe.augment.mean or data.meta['mean'], std=recipe.augment.std or data.meta['std'])
     save_release(model, folder/'model.safetensors', {**data.meta, **seen})
     for what in ('top1','loss'):
-        fig = plot_curves({recipe.name:run.log}, what)
-        fig.savefig(folder/f'curves_{what}.png', dpi=80)
-        plt.close(fig)
+        save_figure(plot_curves({recipe.name:run.log}, what), folder/f'curves_{what}.png')
     steps_per_epoch = -(-n_images//recipe.train.batch_size)
     epochs = state.epoch if state.step%steps_per_epoch==0 else round(state.step/steps_per_epoch, 2)
-    of_first = {k:v for k,v in sittings[0].items() if k not in ('precision','from_step')}
+    of_first = {k:v for k,v in sittings[0].items() if k not in ('precision','from_step','processes')}
+    over_time = lambda k: ' then '.join(dict.fromkeys(str(s[k]) for s in sittings))
     write_json(folder/'summary.json', dict(   # last, so that a folder with a summary is complete
         recipe=recipe.name, dataset=data.meta['source'], data_sha256=data.meta['data_sha256'],
         **named_splits(recipe), selection=selection(recipe), view='clean',
@@ -340,5 +389,4 @@ def finish_record(folder:Path, recipe:Recipe, data:Pack, state:TrainState, n_ima
         epochs=epochs, steps=state.step, wall_s=state.wall_s, eval_s=eval_s, peak_gib=peak_gib(state.device),
         images_per_s=n_images*epochs/state.wall_s,
         params=sum(t.numel() for t in model.parameters()), seed=recipe.train.seed, sittings=len(sittings),
-        precision=' then '.join(dict.fromkeys(s['precision'] for s in sittings)), **of_first))
-    return run
+        **{k:over_time(k) for k in ('precision','processes')}, **of_first))

@@ -11,6 +11,8 @@ import contextlib, math, warnings
 import torch
 from torch import Tensor, nn
 
+from .parallel import world
+
 # %% ../nbs/06a_signs.ipynb #f297b6ab
 def judge_first_loss(loss:float,     # cross-entropy before the first step, in nats
                      num_classes:int # K
@@ -43,27 +45,30 @@ def gradient_norm(model:nn.Module)->float: # 0 where there are no gradients
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(grads).item() if grads else 0.
 
-def refuse_nonfinite(losses:list[Tensor], # 0-d, of the latest steps
-                     step:int,            # number of the last of them, counted from 1
+def refuse_nonfinite(steps:tuple[int,...],     # their numbers, counted from 1
+                     losses:tuple[Tensor,...], # 0-d, of these steps
                      lr:float, model:nn.Module):
     "Raise `FloatingPointError` where a loss is not finite."
     values = torch.stack(losses).tolist()
     bad = next((i for i,v in enumerate(values) if not math.isfinite(v)), None)
     if bad is None: return
     raise FloatingPointError(
-        f'loss is {values[bad]} at step {step-len(values)+bad+1}, lr {lr:.3g}, gradient norm '
+        f'loss is {values[bad]} at step {steps[bad]}, lr {lr:.3g}, gradient norm '
         f'{gradient_norm(model):.3g} (last known): lower optim.lr, lengthen optim.warmup_epochs, or '
         "try precision='fp32' (another run, in another folder); the last checkpoint is from before")
 
 # %% ../nbs/06a_signs.ipynb #ceb5bead
 @contextlib.contextmanager
-def explain_out_of_memory(batch_size:int):
-    "Inside, running out of memory raises a `MemoryError` that says which batch size to try."
+def explain_out_of_memory(batch_size:int, # of a step
+                          accumulate:int=1 # parts that it goes through in
+                         ):
+    "Inside, running out of memory raises a `MemoryError` that says what to try."
     try: yield
     except (RuntimeError,MemoryError) as e:   # torch's own error is a RuntimeError; the CPU's has no class
         signs = ('out of memory', "can't allocate memory", 'Unable to allocate')
         if not isinstance(e,MemoryError) and not any(s in str(e) for s in signs): raise
-        half = max(1, batch_size//2)
         said = str(e).strip().splitlines()[0] if str(e) else 'no more'
-        raise MemoryError(f'out of memory at batch_size={batch_size}: try {half} (another run, in another '
-                          f'folder), or a smaller model. The allocator says: {said}') from e
+        share = batch_size/world().size
+        parts = f'accumulate={2*accumulate}, the same run in parts, or ' if share>2*accumulate else ''
+        raise MemoryError(f'out of memory at batch_size={batch_size}: try {parts}a smaller model. '
+                          f'The allocator says: {said}') from e

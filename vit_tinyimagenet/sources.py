@@ -37,14 +37,14 @@ def lock(path:Path # what is worked on; the lock is a file beside it
 _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 @contextlib.contextmanager
-def writing(path:Path # what is written
+def writing(path:Path, # what is written
+            fix:str='free space there, or set VIT_TINYIMAGENET_HOME to another folder'
            )->Iterator[None]:
     "Say of an `OSError` in writing what could not be written, and what to do."
     try: yield
     except OSError as e:
         elsewhere = e.filename and not str(e.filename).startswith(str(Path(path).parent))   # such as a source
         if e.errno not in _NO_WRITING or elsewhere: raise
-        fix = 'free space there, or set VIT_TINYIMAGENET_HOME to another folder'
         raise OSError(e.errno, f'{path}: {e.strerror}; {fix}') from e
 
 # %% ../nbs/00b_sources.ipynb #623fa990

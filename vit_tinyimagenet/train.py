@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'check_train', 'patch_drop_at', 'patches_to_keep', 'supervised_loss', 'Progress', 'TrainState',
-           'look_at_losses', 'train_step', 'undone']
+           'look_at_losses', 'gradients', 'train_step', 'undone']
 
 # %% ../nbs/07_train.ipynb #7ac08754
 import contextlib, copy, math
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .augment import AugmentConfig, augment
-from .core import autocast, check_fields, one_of, pick_device, pick_precision, seed_step
+from .core import (PRECISIONS, autocast, check_fields, check_types, one_of, pick_device,
+                                   pick_precision, seed_step)
 from .cutmix import cutmix
 from .data import Batch
 from .metrics import WeightedMean, topk_accuracy
 from .optim import OptimConfig, make_optimizer
+from .parallel import Parallel, summed, world
 from .signs import refuse_nonfinite
 
 # %% ../nbs/07_train.ipynb #4c4f3136
@@ -30,10 +32,12 @@ class TrainConfig:
     "How long, how fast, and what is watched on the way."
     epochs: int = 6                      # passes over the training images
     budget_minutes: float|None = None    # train for so long instead; what `epochs` says is stretched to it
-    batch_size: int = 256
+    batch_size: int = 256                # images a step, over all processes
+    accumulate: int = 1                  # parts of a process's share, one after another: less memory
     seed: int = 0
     device: str = 'auto'                 # 'auto', 'cuda', 'mps' or 'cpu'
     precision: str = 'auto'              # 'auto', 'bf16', 'fp16' or 'fp32'
+    deterministic: bool = False          # the same bits each time also on CUDA, where that is slower
     compile: bool = False                # compile the network: some minutes at first, faster steps after
     label_smoothing: float = .1          # in [0,1)
     ema_decay: float = .98               # a step; 0 for none
@@ -50,15 +54,20 @@ class TrainConfig:
 
 # %% ../nbs/07_train.ipynb #3b672985
 def check_train(cfg:TrainConfig):
-    "Raise `ValueError` for the first field that is out of range."
+    "Raise `ValueError` for the first field that is of a wrong type or out of range."
+    check_types(cfg)
     drops,watch = cfg.patch_drop,('none','minival','valid')
     in_order = all(0<=a<=1 and 0<=b<1 for a,b in drops) and list(drops)==sorted(drops)
     minutes = ('budget_minutes','max_minutes')
     check_fields(cfg, ('watch', cfg.watch in watch, one_of(*watch)),
-        *((f, getattr(cfg,f)>=1, 'has to be at least 1') for f in ('epochs','batch_size')),
+        *((f, getattr(cfg,f)>=1, 'has to be at least 1') for f in ('epochs','batch_size','accumulate')),
         *((f, 0<=getattr(cfg,f)<1, 'has to be in [0,1)')
           for f in ('label_smoothing','ema_decay','low_res_until')),
+        *((f, getattr(cfg,f)>=0, 'has to be 0 or more')
+          for f in ('patience','min_delta','checkpoint_minutes')),
         *((f, getattr(cfg,f) is None or getattr(cfg,f)>0, 'has to be above 0, or None') for f in minutes),
+        ('precision', cfg.precision in PRECISIONS, one_of(*PRECISIONS)),
+        ('device', cfg.device.split(':')[0] in (devices := ('auto','cuda','mps','cpu')), one_of(*devices)),
         ('patience', not cfg.patience or cfg.watch!='none', "needs watch='minival' or 'valid'"),
         ('patch_drop', in_order, 'give pairs (fraction of the run, share dropped below 1), in order'))
 
@@ -119,14 +128,14 @@ class TrainState(Progress):
     def __init__(self, model:nn.Module, optim:OptimConfig, cfg:TrainConfig):
         super().__init__()
         self.cfg,self.optim,self.device = cfg,optim,pick_device(cfg.device)
-        self.precision = pick_precision(self.device, cfg.precision)
-        self.model,self.opt = model.to(self.device),make_optimizer(model, optim)
-        average = get_ema_multi_avg_fn(cfg.ema_decay)
-        self.ema = AveragedModel(self.model, multi_avg_fn=average) if cfg.ema_decay else None
+        self.precision,self.model = pick_precision(self.device, cfg.precision),model.to(self.device)
+        self.opt,self.ema,decay = make_optimizer(model, optim),None,cfg.ema_decay
+        if decay: self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         if cfg.compile: self.model.compile(dynamic=False)
+        self.ddp = Parallel(self.model) if world().size>1 else self.model   # what a step goes through
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision=='fp16')
         self.loss,self.top1 = WeightedMean(),WeightedMean()     # of the epoch so far
-        self.recent,self.warned,self.ended = [],False,''        # losses to look at; why `fit` ended
+        self.recent,self.warned,self.ended = [],False,''        # (step, loss) to look at; why `fit` ended
     def averaged(self)->nn.Module: # the EMA's weights, or the model's when there is none
         return self.ema.module if self.ema else self.model
     def state_dict(self)->dict:
@@ -144,9 +153,26 @@ def look_at_losses(state:TrainState):
     "Raise `FloatingPointError` where one of the latest losses is not finite."
     if not state.recent: return
     lr = state.opt.param_groups[0]['lr']
-    refuse_nonfinite(state.recent, state.step, lr, state.model)   # `scaler.step` has unscaled the gradients
+    refuse_nonfinite(*zip(*state.recent), lr, state.model)   # `scaler.step` has unscaled the gradients
     state.recent.clear()
 
+def gradients(state:TrainState, batch:Batch, loss_fn:Callable, progress:float)->Tensor: # (2,): loss and top-1
+    "Add up the gradients of a batch, part after part; the means are of all processes."
+    parts,size = batch.parts(state.cfg.accumulate),world().size
+    means = torch.zeros(2, device=state.device)
+    for i,part in enumerate(parts):
+        last = i==len(parts)-1   # processes exchange gradients once
+        with contextlib.nullcontext() if last or size==1 else state.ddp.no_sync():
+            with autocast(state.device, state.precision): loss,top1 = loss_fn(state.ddp, part, progress)
+            state.recent.append((state.step+1, loss.detach()))
+            if state.device.type=='cpu' or len(state.recent)>=20: look_at_losses(state)
+            if i==0: state.opt.zero_grad()
+            state.scaler.scale(loss*(part.weight*size)).backward()   # which averages over processes
+        means += part.weight*torch.stack([loss.detach(), top1])
+    if size>1: state.recent.append((state.step+1, summed(means)[0]))   # all see what one of them may have
+    return means
+
+# %% ../nbs/07_train.ipynb #74025ab0
 def train_step(state:TrainState,
                batch:Batch,
                loss_fn:Callable,   # (model, batch, progress) -> loss, top-1
@@ -154,18 +180,14 @@ def train_step(state:TrainState,
                progress:float      # share of the run that is done
               )->tuple[Tensor,Tensor]: # loss and top-1, 0-d, on the device
     "One optimiser step; raises `FloatingPointError` for a loss that is not finite."
-    seed_step(state.cfg.seed, state.step)
+    seed_step(state.cfg.seed, state.step, world().rank)
     state.opt.set_lr(lr)
-    with autocast(state.device, state.precision): loss,top1 = loss_fn(state.model, batch, progress)
+    loss,top1 = gradients(state, batch, loss_fn, progress)
     state.step,state.batch = state.step+1,state.batch+1
-    state.recent.append(loss.detach())
-    if state.device.type=='cpu' or len(state.recent)>=20: look_at_losses(state)
-    state.opt.zero_grad()
-    state.scaler.scale(loss).backward()
     state.scaler.step(state.opt)
     state.scaler.update()
     if state.ema: state.ema.update_parameters(state.model)
-    return loss.detach(),top1
+    return loss,top1
 
 # %% ../nbs/07_train.ipynb #c263145e
 @contextlib.contextmanager

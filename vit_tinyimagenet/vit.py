@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import check_fields, one_of
+from .core import check_fields, check_types, one_of
 from .ops import Linear, merge_heads, split_heads
 
 # %% ../nbs/03_vit.ipynb #25a71f37
@@ -52,19 +52,22 @@ VIT_CHOICES = dict(global_pool=('avg','token'), pos_embed=('sincos2d','learn','o
                    act_layer=('gelu','relu'), weight_init=('zero_residual','torch','torch_clones'))
 
 def check_vit(cfg:VitConfig):
-    "Raise `ValueError` for the first field that is out of range."
+    "Raise `ValueError` for the first field that is of a wrong type or out of range."
+    check_types(cfg)
     counts = ('img_size','patch_size','embed_dim','depth','num_heads')
     rates,D = ('drop_rate','head_drop_rate','drop_path_rate'),cfg.embed_dim
     check_fields(cfg,
         *((f, getattr(cfg,f) in allowed, one_of(*allowed)) for f,allowed in VIT_CHOICES.items()),
         *((f, getattr(cfg,f)>=1, 'has to be at least 1') for f in counts),
         ('num_classes', cfg.num_classes is None or cfg.num_classes>=1, 'has to be at least 1, or None'),
-        ('mlp_ratio', cfg.mlp_ratio>0, 'has to be above 0'),
+        *((f, getattr(cfg,f)>0, 'has to be above 0') for f in ('mlp_ratio','norm_eps')),
+        ('init_values', cfg.init_values is None or cfg.init_values>0, 'has to be above 0, or None'),
         *((f, 0<=getattr(cfg,f)<1, 'has to be in [0,1)') for f in rates))
     check_fields(cfg,   # these divide, so what they divide by has to be right already
         ('img_size', cfg.img_size%cfg.patch_size==0, f'has to be a multiple of patch_size={cfg.patch_size}'),
         ('embed_dim', D%cfg.num_heads==0, f'has to be a multiple of num_heads={cfg.num_heads}'),
-        ('pos_tokens', (cfg.pos_tokens or 1e9)>cfg.num_patches, f'has to be above {cfg.num_patches} patches'),
+        ('pos_tokens', cfg.pos_tokens is None or cfg.pos_tokens>cfg.num_patches,
+         f'has to be above {cfg.num_patches} patches'),
         ('embed_dim', D%4==0 or cfg.pos_embed!='sincos2d', "pos_embed='sincos2d' needs a multiple of 4"))
 
 # %% ../nbs/03_vit.ipynb #963fd45d
