@@ -6,7 +6,7 @@
 __all__ = ['runs', 'loaded', 'uploaded', 'centre_view', 'look', 'samples', 'page', 'lay_out', 'demo_main', 'serve']
 
 # %% ../nbs/18_demo.ipynb #b1fdb3b5
-import argparse, io, os, sys, tempfile
+import argparse, contextlib, os, sys, tempfile
 from functools import lru_cache
 from pathlib import Path
 

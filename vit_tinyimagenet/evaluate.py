@@ -8,8 +8,6 @@ __all__ = ['logits_of', 'evaluation_frame', 'evaluate', 'by_class', 'bootstrap',
            'expected_calibration_error', 'fit_temperature', 'plot_calibration', 'compare']
 
 # %% ../nbs/10_evaluate.ipynb #1f3c8a9e
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
