@@ -13,7 +13,7 @@ BIN := .venv/bin
 # how often `make torture` kills in each place
 KILLS ?= 9
 
-.PHONY: help demo test test-realdata test-cuda torture lab export execute readme stamp clean
+.PHONY: help demo test test-realdata test-cuda browser colab torture lab export execute readme stamp clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +38,12 @@ test-realdata: $(ENV) ## the cells on the real archive: TINY_IMAGENET=path/to/ti
 
 test-cuda: $(ENV) ## the cells that need a GPU
 	@$(BIN)/python .ci/check.py --flags cuda
+
+browser: $(ENV) ## what a user does, in a real browser (needs Chromium): vit_demo, JupyterLab, a run stopped halfway
+	@$(BIN)/python .ci/browser.py
+
+colab: $(ENV) ## the first cell, imports and the demo run with Colab's versions of torch, numpy and IPython
+	@$(BIN)/python .ci/colab.py
 
 torture: $(ENV) ## kill runs at random moments, go on, compare with those left alone: KILLS=9 in each place
 	@$(BIN)/python .ci/torture.py --kills $(KILLS)

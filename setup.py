@@ -17,7 +17,7 @@ setup(
     package_data={cfg['lib_name']: ['weights/*.safetensors']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'bench': cfg['bench_requirements'].split()},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'bench', 'demo')},
     entry_points={'console_scripts': cfg['console_scripts'].split('\n')},
     classifiers=['Programming Language :: Python :: 3'], zip_safe=False,
 )

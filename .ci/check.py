@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import nbformat
 
-from cells import NBS, ROOT, TST_FLAGS, as_text, cfg, notebooks
+from cells import NBS, ROOT, TST_FLAGS, cfg, notebooks
 from readme import differences
 from stamp import CELL_ID, stamped
 
@@ -173,6 +173,14 @@ def imports_point_down(nbs):
             yield at(nb, cell, f'imports {module}, which is not from a lower number; move the code or renumber')
 
 
+def names_known():
+    "Every name is defined and every import used: what a hidden cell imports, the exported module does not have."
+    command = [sys.executable, '-m', 'pyflakes', LIB, '.ci']
+    p = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    yield from p.stdout.splitlines()
+    if p.stderr: yield f'pyflakes fails: {p.stderr.strip()[-300:]}'
+
+
 def cells_small(nbs):
     for nb, cell in ((nb, c) for nb in nbs for c in nb.code if c.id != CELL_ID):
         most = MAX_EXPORTED if cell.is_exported else MAX_HIDDEN if 'hide' in cell.directives else MAX_PLAIN
@@ -307,6 +315,7 @@ def check_files(nbs, flags, report):
     report('directives are known', directives_known(nbs))
     report('flags are run', flags_are_run(flags))
     report('imports point down', imports_point_down(nbs))
+    report('names are known', names_known())
     report('cells are small', cells_small(nbs))
     report('outputs are fit to publish', outputs_fit_to_publish(nbs))
     report('notebooks open and close', notebooks_open_and_close(nbs))

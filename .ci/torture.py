@@ -24,8 +24,7 @@ import torch
 from cells import ROOT
 from vit_tinyimagenet import data, loop, recipes, sources
 from vit_tinyimagenet.cli import train_main
-from vit_tinyimagenet.core import data_home
-from vit_tinyimagenet.record import Run, provenance, run_differences, write_json
+from vit_tinyimagenet.record import provenance, run_differences, write_json
 from vit_tinyimagenet.twin import make_twin
 
 PLACES = dict(step=(loop, 'train_step'), checkpoint=(recipes, 'save_checkpoint'), evaluation=(recipes, 'predict_split'),

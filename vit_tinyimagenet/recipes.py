@@ -10,7 +10,7 @@ __all__ = ['RECIPES', 'FORMAT', 'FINISHED', 'Recipe', 'demo', 'laptop', 'sprint'
            'start_record', 'selection', 'evaluate_valid', 'finish_record']
 
 # %% ../nbs/09_recipes.ipynb #10e718ee
-import itertools, json, time, warnings
+import itertools, time, warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -24,7 +24,7 @@ from .checkpoint import (copy_run, load_checkpoint, mirror_run, previous, save_c
 from .core import check_fields, check_types, deterministic, in_notebook, pick_device
 from .data import Batches, Pack, Split, first_classes, hold_out, open_data
 from .loop import fit
-from .lr_finder import lr_finder, plot_lr, suggest_lr
+from .lr_finder import lr_finder
 from .metrics import Predictions, predict_split
 from .ops import keep_memory
 from .optim import OptimConfig

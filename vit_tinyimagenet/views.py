@@ -9,7 +9,6 @@ __all__ = ['show_batch', 'short_name', 'class_sheet']
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
-import torch
 
 from .augment import AugmentConfig, augment, show_images
 from .data import Batches, Split

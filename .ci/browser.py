@@ -1,0 +1,213 @@
+"""What a user does, in a real browser: the page of vit_demo, notebooks in JupyterLab, a training run stopped halfway.
+
+`make browser`; needs Chromium. `--shots DIR` says where screenshots go. Chapters with cells that want the archive, or a
+GPU, are run where these are.
+"""
+import argparse
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import torch
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from cells import NBS, ROOT, Notebook
+from vit_tinyimagenet.checkpoint import predict
+from vit_tinyimagenet.data import open_data
+from vit_tinyimagenet.twin import make_twin
+
+CHAPTERS = '00_core 02_augment 05_metrics 10_evaluate 11_explain 20_original 24_ladder'.split()
+TRY = ["from vit_tinyimagenet.recipes import demo, train", "run = train(demo(), 'runs')",
+       "print('finished', run.finished, len(run.log))"]
+
+
+def browser_path():
+    return next((p for n in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (p := shutil.which(n))), None)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def server(command, url, log, cwd, env, seconds=90):
+    "A process that serves a page, up to the end of the context."
+    with open(log, 'w', encoding='utf-8') as f:
+        p = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT)
+        try:
+            wait(lambda: answers(url) or p.poll() is not None, f'{url} does not answer; see {log}', seconds)
+            if p.poll() is not None: sys.exit(f'browser: {command[:3]} ended: {log.read_text()[-1500:]}')
+            yield
+        finally:
+            p.terminate()
+            p.wait(20)
+
+
+def answers(url):
+    try: return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError: return False
+
+
+def wait(is_so, complaint, seconds=60):
+    "Wait until something is so; its value."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := is_so(): return value
+        time.sleep(.2)
+    sys.exit(f'browser: {complaint}')
+
+
+def try_page(browser, archive, work, shots, env):
+    "Upload an image to the page of vit_demo, read what it says, take another from the gallery."
+    port = free_port()
+    url, vit_demo = f'http://127.0.0.1:{port}', Path(sys.executable).parent/'vit_demo'
+    command = [str(vit_demo), '--port', str(port), '--data', archive]
+    valid = open_data(archive).valid
+    Image.fromarray(valid.images[0].permute(1, 2, 0).numpy()).save(work/'photo.png')
+    (work/'note.png').write_text('not an image')
+    with server(command, url, work/'demo.log', work, env):
+        page = browser.new_page(viewport=dict(width=1100, height=1150))
+        page.goto(url)
+        drop, best = page.locator('input[type=file]').first, page.locator('[data-testid="label-output-value"]')
+        drop.set_input_files(str(work/'photo.png'))
+        best.wait_for(timeout=60_000)
+        said = [o.strip() for o in page.locator('.confidence-set .text').all_inner_texts() if o.strip()]
+        first, right = best.inner_text(), predict(work/'photo.png').name.tolist()
+        if said != right: sys.exit(f'browser: the page names {said}, and `predict` {right}')
+        wait(lambda: page.locator('.image-frame img, .image-container img').count() >= 3, 'the page shows no maps')
+        page.wait_for_timeout(1000)   # for the last picture to be drawn
+        page.screenshot(path=str(shots/'demo_page.png'))
+        page.locator('.thumbnail-item').nth(5).click()
+        wait(lambda: best.inner_text() not in ('', first), 'the gallery changes nothing')
+        page.locator('button[aria-label="Clear"]').first.click()
+        drop.set_input_files(str(work/'note.png'))
+        page.get_by_text('in no format that Pillow knows').first.wait_for(timeout=30_000)
+        page.close()
+    print(f'demo page: {len(said)} classes, {first!r} first; a file that is no image is refused', flush=True)
+
+
+class Lab:
+    "JupyterLab in the browser, by its own commands."
+    def __init__(self, page): self.page = page
+
+    def command(self, name, **args):
+        self.page.evaluate('([n,a]) => { window.jupyterapp.commands.execute(n,a) }', [name, args])
+
+    def open(self, path):
+        self.command('docmanager:open', path=path, factory='Notebook')
+        ready = '''p => { const w = window.jupyterapp.shell.currentWidget;
+            return w && w.context && w.context.path === p && w.context.isReady && w.sessionContext.isReady
+                && w.sessionContext.session && w.sessionContext.session.kernel; }'''
+        self.page.wait_for_function(ready, arg=path, timeout=90_000)
+
+    def cells(self):
+        return self.page.evaluate('() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells')
+
+    def close(self):
+        self.page.evaluate("""async () => { const w = window.jupyterapp.shell.currentWidget;
+            await w.context.save(); await w.sessionContext.shutdown(); w.dispose(); }""")
+
+    def errors(self):
+        said = [o for c in self.cells() for o in c.get('outputs', []) if o['output_type'] == 'error']
+        return [f"{o['ename']}: {o['evalue']}" for o in said]
+
+    def run(self, index):
+        "Run one cell, without waiting for its end."
+        self.page.evaluate('''i => { const n = window.jupyterapp.shell.currentWidget.content;
+            n.deselectAll(); n.activeCellIndex = i;
+            window.jupyterapp.commands.execute('notebook:run-cell'); }''', index)
+
+
+def try_chapters(lab, chapters, shots):
+    "Run all cells of some chapters in a real kernel."
+    for name in chapters:
+        start = time.monotonic()
+        lab.open(f'{name}.ipynb')
+        lab.command('notebook:clear-all-cell-outputs')
+        lab.command('notebook:run-all-cells')
+        code = lambda: [c for c in lab.cells() if c['cell_type'] == 'code' and c['source']]
+        done = lambda: lab.errors() or all(c['execution_count'] for c in code())
+        wait(done, f'{name}.ipynb does not come to its end', 300)
+        if said := lab.errors(): sys.exit(f'browser: {name}.ipynb: {said[0]}')
+        print(f'{name}: {len(code())} cells, no error, {time.monotonic() - start:.0f} s', flush=True)
+        lab.page.screenshot(path=str(shots/f'lab_{name}.png'))
+        lab.close()
+
+
+def try_training(lab, folder, shots):
+    "Train in a notebook, see the bar and the curve move, press stop in the middle, look at the run, go on."
+    kernel = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in TRY], metadata=kernel)
+    nbformat.write(nb, folder/'try.ipynb')
+    lab.open('try.ipynb')
+    lab.run(0)
+    lab.run(1)
+    bar, curve = (lab.page.locator(f'.jp-OutputArea {o}').first for o in ('.widget-hbox', 'img'))
+    bar.wait_for(timeout=60_000)
+    curve.wait_for(timeout=60_000)
+    texts, pictures = set(), set()
+    def moved():
+        texts.add(bar.inner_text())
+        pictures.add(curve.get_attribute('src'))
+        return len(texts) > 2 and len(pictures) > 2
+    wait(moved, 'bar and curve do not move')
+    lab.page.screenshot(path=str(shots/'lab_training.png'))
+    lab.page.locator('[data-command="notebook:interrupt-kernel"], button[title^="Interrupt"]').first.click()
+    wait(lambda: lab.cells()[1]['execution_count'], 'training does not stop')
+    lab.run(2)
+    printed = lambda: ''.join(o.get('text', '') for o in lab.cells()[2]['outputs'])
+    said = wait(printed, 'the notebook is of no use after the stop')
+    if not said.startswith('finished False') or lab.errors(): sys.exit(f'browser: stopped: {said} {lab.errors()}')
+    if not (folder/'runs'/'demo'/'checkpoint.pt').exists(): sys.exit('browser: no checkpoint after the stop')
+    print(f'training: bar and curve move; stopped ({said.strip()}), checkpoint saved, kernel of use', flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--shots', type=Path, default=ROOT/'runs'/'browser')
+    p.add_argument('--chapters', nargs='*', default=CHAPTERS)
+    args = p.parse_args()
+    if not (path := browser_path()): sys.exit('browser: no Chromium here; install it')
+    there = dict(realdata='TINY_IMAGENET' in os.environ, cuda=torch.cuda.is_available())
+    lacks = {flag for flag in there if not there[flag]}
+    left_out = [n for n in args.chapters if any(lacks & set(c.flags) for c in Notebook(NBS/f'{n}.ipynb').code)]
+    if left_out: print(f"left out, for want of {' and '.join(sorted(lacks))}: {', '.join(left_out)}", flush=True)
+    args.shots.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as d, sync_playwright() as play:
+        work, folder, port = Path(d), Path(d)/'repository'/'nbs', free_port()
+        shutil.copytree(ROOT, work/'repository', ignore=shutil.ignore_patterns('.git', '.venv', 'runs', 'build'))
+        archive = os.environ.get('TINY_IMAGENET') or str(make_twin(work/'twin.zip'))
+        browser = play.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        state = {f'JUPYTER{k}': str(work/k.lower()) for k in ('LAB_SETTINGS_DIR', 'LAB_WORKSPACES_DIR', '_CONFIG_DIR')}
+        env = {**os.environ, **state, 'PYTHONPATH': str(work/'repository'), 'VIT_TINYIMAGENET_HOME': str(work/'home')}
+        try_page(browser, archive, work, args.shots, env)
+        quiet = work/'lab_settings_dir'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
+        quiet.parent.mkdir(parents=True)
+        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        token = secrets.token_hex()
+        url = f'http://127.0.0.1:{port}/lab?token={token}'
+        command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port', str(port),
+                   '--expose-app-in-browser', f'--IdentityProvider.token={token}']
+        with server(command, url, work/'lab.log', folder, env):
+            page = browser.new_page(viewport=dict(width=1300, height=1000))
+            page.goto(url)
+            page.wait_for_function('() => window.jupyterapp && window.jupyterapp.started', timeout=90_000)
+            lab = Lab(page)
+            try_training(lab, folder, args.shots)
+            try_chapters(lab, [c for c in args.chapters if c not in left_out], args.shots)
+        browser.close()
+
+
+if __name__ == '__main__': sys.exit(main())
