@@ -131,7 +131,7 @@ def markdown_table(df:pd.DataFrame)->str:
 
 # %% ../nbs/08_record.ipynb #a8f11406
 # told apart by all readers, unlike matplotlib's green and red
-COLOURS = [c['color'] for c in plt.style.library['tableau-colorblind10']['axes.prop_cycle']]
+COLOURS = '#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000'.split()   # of Okabe and Ito
 
 def plot_curves(logs:dict[str,pd.DataFrame], # name -> log with an `epoch` column
                 what:str='top1'              # 'top1' (in percent) or 'loss'
@@ -142,7 +142,7 @@ def plot_curves(logs:dict[str,pd.DataFrame], # name -> log with an `epoch` colum
     for i,(name,log) in enumerate(logs.items()):
         for part,style in (('train','--'),('valid','-')):
             if f'{part}_{what}' not in log: continue
-            color,label = COLOURS[i%10],f'{name}, {part}'
+            color,label = COLOURS[i%len(COLOURS)],f'{name}, {part}'
             ax.plot(log.epoch, log[f'{part}_{what}']*scale, style, color=color, label=label)
     ax.set(xlabel='epoch', ylabel='top-1 accuracy (%)' if what=='top1' else 'cross-entropy (nats)')
     ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=8)
@@ -158,7 +158,7 @@ def plot_final(logs:dict[str,pd.DataFrame], # name -> log with `epoch` and `vali
     ax.set_prop_cycle(color=COLOURS)
     for name,log in logs.items(): ax.plot(log.epoch, log.valid_top1*100, label=name)
     for i,r in enumerate(runs, len(logs)):
-        s,color = r.summary,COLOURS[i%10]
+        s,color = r.summary,COLOURS[i%len(COLOURS)]
         label = f"{r.name}, {s['wall_s']/60:.0f} min on {s['device']}"
         ax.plot(s['epochs'], s['valid_top1']*100, 'o', color=color, label=label)
         ax.axhline(s['valid_top1']*100, color=color, lw=.8, ls=':')
