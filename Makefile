@@ -13,7 +13,7 @@ BIN := .venv/bin
 # how often `make torture` kills in each place
 KILLS ?= 9
 
-.PHONY: help demo test test-realdata test-cuda browser colab torture lab export execute readme stamp clean
+.PHONY: help demo test test-realdata test-cuda browser colab docs torture lab export execute readme stamp clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,6 +44,11 @@ browser: $(ENV) ## what a user does, in a real browser (needs Chromium): vit_dem
 
 colab: $(ENV) ## the first cell, imports and the demo run with Colab's versions of torch, numpy and IPython
 	@$(BIN)/python .ci/colab.py
+
+docs: $(ENV) ## the site, in _proc/_docs: needs Quarto (https://quarto.org)
+	@command -v quarto >/dev/null || { echo "no Quarto here; get it from https://quarto.org"; exit 2; }
+	@PATH="$(abspath $(BIN)):$$PATH" nbdev_proc_nbs
+	@cd _proc && quarto render --no-cache
 
 torture: $(ENV) ## kill runs at random moments, go on, compare with those left alone: KILLS=9 in each place
 	@$(BIN)/python .ci/torture.py --kills $(KILLS)

@@ -17,7 +17,7 @@ setup(
     package_data={cfg['lib_name']: ['weights/*.safetensors']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'bench', 'demo')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'bench', 'demo', 'hub')},
     entry_points={'console_scripts': cfg['console_scripts'].split('\n')},
     classifiers=['Programming Language :: Python :: 3'], zip_safe=False,
 )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .augment import AugmentConfig, center_normalize
 from .data import open_image, to_rgb, to_square
+from .hub import from_hub
 from .parallel import say
 from .sources import writing
 from .vit import VisionTransformer, VitConfig, resize_positions
@@ -126,14 +127,15 @@ def shipped()->dict[str,Path]: # name -> file
     folder = Path(str(files('vit_tinyimagenet')/'weights'))
     return {p.stem:p for p in sorted(folder.glob('*.safetensors'))}
 
-def load_pretrained(name:str='laptop',            # a key of `shipped()`, or a release file
+def load_pretrained(name:str='laptop',            # a key of `shipped()`, a release file, or 'hf:owner/name'
                     device:torch.device|str='cpu'
                    )->VisionTransformer:          # in evaluation mode; `meta` has classes and normalisation
     "A trained model, by name or from a file; raises `ValueError` for a name that is not shipped."
     if Path(name).is_file(): return load_release(Path(name), device)
+    if str(name).startswith('hf:'): return load_release(from_hub(name,'model.safetensors'), device)
     if name not in shipped():
         known = ', '.join(shipped()) or 'none'
-        raise ValueError(f"'{name}' is neither a file nor shipped; shipped are: {known}")
+        raise ValueError(f"'{name}' is no file, not 'hf:owner/name', and not shipped; shipped are: {known}")
     return load_release(shipped()[name], device)
 
 # %% ../nbs/06_checkpoint.ipynb #0295a993

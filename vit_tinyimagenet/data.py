@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from .core import Draws, data_home, no_bar, shuffled
 from .parallel import World, shard
-from .sources import MD5, Listing, download, list_source, lock, open_source, writing
+from .hub import from_hub, open_images
+from .sources import MD5, Listing, download, list_source, lock, writing
 from .twin import make_twin
 
 # %% ../nbs/01_data.ipynb #e293a678
@@ -196,13 +197,13 @@ def _is_pack_of(folder:Path, key:str, size:int)->bool:
     raise ValueError(f"{folder}: holds another pack, of {meta['source']}; delete it, or choose another place")
 
 # %% ../nbs/01_data.ipynb #048f8ce2
-def pack(source:str|Path,      # a zip or a folder, or what `open_source` made of it
+def pack(source:str|Path,      # what `open_images` takes, or made of it
          folder:str|Path,      # the pack's place
          img_size:int=64,      # pixels a side
          skip_bad:bool=False   # leave out images that cannot be read, and note them in `meta`
         )->Path:               # `folder`
     "Decode a source into memory-mapped arrays; raises `ValueError` or `OSError` naming what is wrong."
-    source,folder = open_source(source),Path(folder)
+    source,folder = open_images(source),Path(folder)
     key = source.key()
     with writing(folder), lock(folder):
         if _is_pack_of(folder, key, img_size):
@@ -288,7 +289,7 @@ class Pack:
         return sha.hexdigest()==self.meta['data_sha256']
 
 # %% ../nbs/01_data.ipynb #656e1ff2
-def open_data(source:str|Path='official', # 'official', 'twin', a zip, a folder of images, or a pack's folder
+def open_data(source:str|Path='official', # 'twin', 'hf:owner/name', a zip, a folder, parquet, a pack's folder
               home:Path|None=None,        # where packs are kept; `data_home()` when None
               img_size:int=64,            # pixels a side; a pack's folder has its own
               skip_bad:bool=False         # leave out images that cannot be read
@@ -302,9 +303,10 @@ def open_data(source:str|Path='official', # 'official', 'twin', a zip, a folder 
     elif source=='twin':
         source = home/'twin-20.zip'
         if not source.exists(): make_twin(source)
+    elif str(source).startswith('hf:'): source = from_hub(source, home=home)
     folder = Path(source)
     if not read_meta(folder):
-        opened = open_source(source)
+        opened = open_images(source)
         folder = place(opened.path.resolve().stem, key := opened.key())
         if not _is_pack_of(folder, key, img_size): pack(opened, folder, img_size, skip_bad)
     data = Pack(folder)

@@ -21,7 +21,7 @@ from .augment import AugmentConfig, center_normalize, show_images
 from .core import pick_precision
 from .data import Batches, Pack, Split
 from .metrics import Predictions, predict_split
-from .record import predictions_frame, recompute
+from .record import COLOURS, predictions_frame, recompute
 from .views import short_name
 from .vit import VisionTransformer
 
@@ -180,6 +180,7 @@ def plot_calibration(tables:dict[str,pd.DataFrame] # name -> as `calibration` gi
                     )->plt.Figure:
     "Accuracy against confidence; on the diagonal a model is as sure as it may be."
     fig,ax = plt.subplots(figsize=(4.2,4))
+    ax.set_prop_cycle(color=COLOURS)
     ax.plot([0,100], [0,100], ':', color='gray')
     for name,t in tables.items():
         label = f'{name}: ECE {100*expected_calibration_error(t):.1f}'

@@ -94,7 +94,7 @@ def overlay(images:Tensor, # (B,3,H,W) uint8
     maps = F.interpolate(maps[:,None].float(), images.shape[-2:], mode='bilinear')[:,0]
     low,high = (f(maps.flatten(1),1)[:,None,None] for f in (torch.amin,torch.amax))
     share = ((maps-low)/(high-low).clamp(min=1e-12)).cpu().numpy()
-    colour = torch.from_numpy(plt.get_cmap('turbo')(share)[...,:3]).permute(0,3,1,2)
+    colour = torch.from_numpy(plt.get_cmap('viridis')(share)[...,:3]).permute(0,3,1,2)
     return (1-alpha)*images.cpu()/255+alpha*colour
 
 def show_maps(images:Tensor,          # (B,3,H,W) uint8
