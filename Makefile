@@ -48,6 +48,7 @@ colab: $(ENV) ## the first cell, imports and the demo run with Colab's versions 
 docs: $(ENV) ## the site, in _proc/_docs: needs Quarto (https://quarto.org)
 	@command -v quarto >/dev/null || { echo "no Quarto here; get it from https://quarto.org"; exit 2; }
 	@PATH="$(abspath $(BIN)):$$PATH" nbdev_proc_nbs
+	@cp -R nbs/images _proc/ && touch _proc/styles.css   # nbdev passes images by, and names a style sheet
 	@cd _proc && quarto render --no-cache
 
 torture: $(ENV) ## kill runs at random moments, go on, compare with those left alone: KILLS=9 in each place

@@ -65,6 +65,7 @@ def main():
         # what is committed here, as the branch that the cell clones
         git = ['git', '-C', str(ROOT), 'push', '-q', str(content/'origin'), f'HEAD:refs/heads/{cfg.branch}']
         subprocess.run(['git', 'init', '-q', '--bare', str(content/'origin')], check=True)
+        subprocess.run(['git', '-C', str(content/'origin'), 'config', 'receive.shallowUpdate', 'true'], check=True)
         subprocess.run(git, check=True)
         subprocess.run([str(python), '-m', 'pip', '-q', 'uninstall', '-y', cfg.lib_name], check=True)
         for i, name in enumerate(args.notebooks):

@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from .record import Run, config_differences, config_identity, write_json, write_text
+from .record import (Run, config_differences, config_identity, without_place,
+                                     write_json, write_text)
 
 # %% ../nbs/08a_ablate.ipynb #9de12cf7
 def override(config:Any,             # a frozen dataclass, such as a recipe
@@ -60,7 +61,7 @@ class Study:
 def _named(config:Any)->dict:
     "A recipe as JSON gives it back, without the places of its files."
     d = config_identity(config)
-    return {**d, **{k:Path(d[k]).name for k in ('data','init') if d.get(k)}}
+    return {**d, **{k:without_place(d[k]) for k in ('data','init') if d.get(k)}}
 
 def write_plan(study:Study, folder:Path
               )->dict: # run -> variant, seed, changes, recipe: these, and those that had begun

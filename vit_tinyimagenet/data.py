@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .core import Draws, data_home, no_bar, shuffled
 from .parallel import World, shard
-from .hub import from_hub, open_images
+from .hub import ParquetSource, from_hub, open_images
 from .sources import MD5, Listing, download, list_source, lock, writing
 from .twin import make_twin
 
@@ -171,7 +171,7 @@ def _fill(part:Path, source, key:str, size:int, skip_bad:bool):
     _refuse_empty(source, found, done)
     mean,std = _moments(source, done['train'], size)
     if source.key()!=key: raise ValueError(f'{source.path}: changed while it was packed; run again')
-    meta = dict(format=PACK_FORMAT, source=source.path.resolve().name, source_key=key, layout=found.layout,
+    meta = dict(format=PACK_FORMAT, source=source.name, source_key=key, layout=found.layout,
                 data_sha256=sha.hexdigest(), img_size=size, wnids=found.wnids, names=found.names,
                 mean=mean, std=std,
                 **{k:{s:d[k] for s,d in done.items()} for k in ('n','grey','left_out')})
@@ -303,11 +303,11 @@ def open_data(source:str|Path='official', # 'twin', 'hf:owner/name', a zip, a fo
     elif source=='twin':
         source = home/'twin-20.zip'
         if not source.exists(): make_twin(source)
-    elif str(source).startswith('hf:'): source = from_hub(source, home=home)
-    folder = Path(source)
+    elif str(source).startswith('hf:'): source = ParquetSource(from_hub(source), source)
+    folder = source.path if isinstance(source,ParquetSource) else Path(source)
     if not read_meta(folder):
         opened = open_images(source)
-        folder = place(opened.path.resolve().stem, key := opened.key())
+        folder = place(PurePosixPath(opened.name).stem, key := opened.key())
         if not _is_pack_of(folder, key, img_size): pack(opened, folder, img_size, skip_bad)
     data = Pack(folder)
     _refuse_left_out(folder, data.meta['left_out'], skip_bad)

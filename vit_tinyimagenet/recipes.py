@@ -30,8 +30,8 @@ from .ops import keep_memory
 from .optim import OptimConfig
 from .parallel import anyone, joined, refuse_differences, say, world
 from .record import (LiveCurve, Run, config_differences, config_identity, peak_gib,
-                                     plot_curves, predictions_frame, provenance, save_figure, write_json,
-                                     write_log, write_text)
+                                     plot_curves, predictions_frame, provenance, save_figure,
+                                     without_place, write_json, write_log, write_text)
 from .train import TrainConfig, TrainState, supervised_loss
 from .views import show_batch
 from .vit import VisionTransformer, VitConfig
@@ -41,12 +41,12 @@ from .vit import VisionTransformer, VitConfig
 class Recipe:
     "One full configuration of a supervised run."
     name: str
-    data: str = 'official'     # 'official', 'twin', a zip, a folder of images, or a pack's folder
+    data: str = 'official'     # 'official', 'twin', 'hf:owner/name', a zip, a folder, parquet, or a pack
     img_size: int = 64         # pixels a side that images are packed at
     skip_bad: bool = False     # leave out images that cannot be read
     classes: int|None = None   # only so many, the first ones; None for all
     tuning: bool = False       # hold minival out and be judged on it, not on the official images
-    init: str|None = None      # trained weights to start from: a shipped name or a release file
+    init: str|None = None      # weights to start from: a shipped name, a release file, 'hf:owner/name'
     vit: VitConfig = field(default_factory=VitConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -341,7 +341,7 @@ def find_lr(recipe:Recipe,
 # %% ../nbs/09_recipes.ipynb #a70a5722
 def start_record(folder:Path, recipe:Recipe, data:Pack, train_on:Split, sittings:list[dict]):
     "Write `config.json`, and a grid of what the model is shown."
-    init = recipe.init and Path(recipe.init).name
+    init = recipe.init and without_place(recipe.init)
     named = asdict(replace(recipe, data=data.meta['source'], init=init))   # where they lie is of no matter
     write_json(folder/'config.json', dict(recipe=named, sittings=sittings))
     fig = show_batch(train_on, data.meta, recipe.augment, seed=recipe.train.seed)

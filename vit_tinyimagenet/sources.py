@@ -141,7 +141,7 @@ def _tidy(name:str)->str:
 class ZipSource:
     "The files of a zip; raises `ValueError` for one that is damaged or not to be trusted."
     def __init__(self, path:Path):
-        self.path,self._members = Path(path),{}
+        self.path,self.name,self._members = Path(path),Path(path).resolve().name,{}
         size = f'{self.path.stat().st_size:,} bytes'
         try: self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile,ValueError) as e:
@@ -173,6 +173,7 @@ class FolderSource:
     "The files of a folder, links followed; raises `OSError` for a folder that cannot be looked into."
     def __init__(self, path:Path):
         self.path,files,folders,root = Path(path),[],[],str(Path(path))
+        self.name = self.path.resolve().name
         def stop(error): raise error
         for here,inside,names in os.walk(root, followlinks=True, onerror=stop):
             paths = [os.path.join(here,d) for d in inside]
@@ -199,7 +200,7 @@ def open_source(path:str|Path|ZipSource|FolderSource)->ZipSource|FolderSource:
     path = Path(path)
     if path.is_dir(): return FolderSource(path)
     if path.is_file(): return ZipSource(path)
-    raise FileNotFoundError(f"{path}: neither a folder nor a zip; 'official' and 'twin' need no path")
+    raise FileNotFoundError(f"{path}: neither a folder nor a zip; of the Hub: 'hf:owner/name'")
 
 # %% ../nbs/00b_sources.ipynb #ef4372f8
 def _annotation_problem(row:list[str], label:dict[str,int], seen:dict[str,int])->str:
