@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .augment import AugmentConfig, augment, show_images
 from .core import check_fields, check_types
 from .data import Batch, Batches, Split
-from .frozen import SelfSupervised
+from .frozen import SelfSupervised, laptop_encoder
 from .optim import OptimConfig
 from .recipes import Recipe
 from .train import TrainConfig, TrainState, patch_drop_at, patches_to_keep
@@ -97,10 +97,13 @@ def dino_loss(student:Tensor, # (V,B,K) logits over the temperature; the first t
     return -pairs.mean()/(2*len(student)-2)
 
 # %% ../nbs/13_dino.ipynb #6fd5d787
-def make_views(batch:Batch, aug:AugmentConfig, cfg:DinoConfig, mean:list[float], std:list[float]
-              )->list[Tensor]: # (2*B,3,H,W) large ones, (n*B,3,h,h) small ones where there are any
+def make_views(batch:Batch, aug:AugmentConfig, cfg:DinoConfig, mean:list[float], std:list[float],
+               coarse:bool=False # of half the side
+              )->list[Tensor]:   # (2*B,3,H,W) large ones, (n*B,3,h,h) small ones where there are any
     "Views of each image, every one with random numbers of its own."
-    small = replace(aug, crop_size=cfg.local_size, scale=cfg.local_scale)
+    side = (aug.crop_size or min(batch.x.shape[-2:]))//(1+coarse)
+    aug = replace(aug, crop_size=side)
+    small = replace(aug, crop_size=cfg.local_size//(1+coarse), scale=cfg.local_scale)
     def several(name:str, n:int, a:AugmentConfig)->Tensor:
         return torch.cat([augment(batch.x, batch.draws.fork(f'{name} {i}'), a, mean, std) for i in range(n)])
     large = several('large', 2, aug)
@@ -136,13 +139,14 @@ def distillation(state:TrainState, # of a `Dino`; its average is the teacher
     "The loss of a student whose teacher is its own average."
     teacher = state.ema.module
     def loss_fn(model:nn.Module, batch:Batch, progress:float):
-        views = make_views(batch, aug, cfg, meta['mean'], meta['std'])
+        coarse = progress<state.cfg.low_res_until
+        views = make_views(batch, aug, cfg, meta['mean'], meta['std'], coarse)
         with torch.no_grad():
             known = teacher.eval().encoder(views[0]).float()
             cosines = teacher.head(known).float()
             said = ((cosines-state.model.center)/teacher_temperature(cfg,progress)).softmax(-1)
             f = F.normalize(known)
-        drop = patch_drop_at(progress, state.cfg.patch_drop)
+        drop = 0. if coarse else patch_drop_at(progress, state.cfg.patch_drop)
         student = model(views, student_keeps(batch,model.cfg.num_patches,drop)).float()/cfg.student_temp
         loss = dino_loss(student.unflatten(0,(-1,len(batch.y))), said.unflatten(0,(2,-1)))
         return loss, dict(center=cosines.mean(0), said=said.mean(0), feature=f.mean(0),
@@ -158,7 +162,7 @@ class DinoRecipe(SelfSupervised, Recipe):
         super().__post_init__()
         check_dino(self)
     def build(self)->nn.Module: return Dino(self.vit, self.dino)
-    def loss_fn(self, state:TrainState, meta:dict)->Callable: 
+    def loss_fn(self, state:TrainState, meta:dict)->Callable:
         return distillation(state, self.augment, self.dino, meta)
     def look_at(self, row:dict): judge_variety(row)
     def samples(self, split:Split, meta:dict)->plt.Figure:
@@ -166,9 +170,10 @@ class DinoRecipe(SelfSupervised, Recipe):
 
 def check_dino(recipe:DinoRecipe):
     "Raise `ValueError` for the first thing that does not fit another."
-    size,small,p = recipe.vit.img_size,recipe.dino.local_size,recipe.vit.patch_size
+    p = recipe.vit.patch_size*(1+(recipe.train.low_res_until>0))
+    size,small = recipe.vit.img_size,recipe.dino.local_size
     check_fields(recipe.dino, ('local_size', small%p==0 and size%small==0,
-        f'has to be a multiple of vit.patch_size={p} that divides vit.img_size={size}'))
+        f'has to be a multiple of {p} (patches, twice as large at half the side) and divide {size}'))
     check_fields(recipe.train, ('ema_decay', recipe.train.ema_decay>0, 'the average is the teacher: above 0'))
 
 # %% ../nbs/13_dino.ipynb #dd943b82
@@ -186,13 +191,13 @@ def judge_variety(row:dict, # of the log
 
 # %% ../nbs/13_dino.ipynb #64564d2d
 def dino_laptop()->DinoRecipe:
-    "An encoder without labels, in an hour on two CPU cores: `results/dino_laptop`."
-    vit = VitConfig(num_classes=0, embed_dim=256, depth=4, num_heads=4, weight_init='torch')
+    "An encoder without labels, by self-distillation, in an hour on two CPU cores."
     aug = AugmentConfig(scale=(.4,1.), color_jitter=(.4,.4,.2,.1), grayscale=.2)
-    cfg = DinoConfig(local_crops=2, local_scale=(.15,.4), teacher_temp=.025, teacher_temp_end=.025)
-    return DinoRecipe('dino_laptop', vit=vit, augment=aug, dino=cfg, optim=OptimConfig(lr=1.5e-3),
-                      train=TrainConfig(epochs=10, batch_size=64, budget_minutes=55., ema_decay=.99,
-                                        ema_decay_end=1., patch_drop=((0.,.5),)))
+    cfg = DinoConfig(local_crops=2, local_scale=(.15,.4), teacher_temp=.03, teacher_temp_end=.03)
+    train = TrainConfig(epochs=16, batch_size=128, budget_minutes=55., ema_decay=.99, ema_decay_end=1.,
+                        low_res_until=.85, patch_drop=((0.,.5),))
+    return DinoRecipe('dino_laptop', vit=laptop_encoder(), augment=aug, dino=cfg,
+                      optim=OptimConfig(lr=2e-3), train=train)
 
 def dino_gpu()->DinoRecipe:
     "The encoder of `laptop` without labels, in 17 minutes on one large GPU; no GPU has run it yet."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .augment import AugmentConfig, augment, center_normalize, show_images
 from .core import check_fields, check_types
 from .data import Batch, Batches, Split
-from .frozen import SelfSupervised
+from .frozen import SelfSupervised, laptop_encoder
 from .ops import Linear
 from .optim import OptimConfig
 from .recipes import Recipe
@@ -38,9 +38,10 @@ class MaeConfig:
     def __post_init__(self):
         check_types(self)
         check_fields(self, ('mask_ratio', 0<self.mask_ratio<1, 'has to be between 0 and 1'),
-            *((f, getattr(self,f)>=1, 'has to be at least 1') for f in ('decoder_depth','decoder_heads')),
-            ('decoder_dim', self.decoder_dim>0 and self.decoder_dim%(4*self.decoder_heads)==0,
-             'has to be a multiple of 4 and of decoder_heads'))
+            *((f, getattr(self,f)>=1, 'has to be at least 1')
+              for f in ('decoder_dim','decoder_depth','decoder_heads')))
+        check_fields(self, ('decoder_dim', self.decoder_dim%4==self.decoder_dim%self.decoder_heads==0,
+                            'has to be a multiple of 4 and of decoder_heads'))
 
 # %% ../nbs/12_mae.ipynb #6e6a3770
 class MaskedAutoencoder(nn.Module):
@@ -128,7 +129,7 @@ class LiveReconstructions(LiveCurve):
     "The curve of a run, and below it what the model makes of some images at that moment."
     def __init__(self, draw:Callable): # model -> figure
         super().__init__()
-        self.draw,self.below = draw,LiveFigure()
+        self.draw,self.below = draw,LiveFigure('jpeg')
     def __call__(self, state:TrainState):
         self.model = state.averaged()
         super().__call__(state)
@@ -149,7 +150,7 @@ class MaeRecipe(SelfSupervised, Recipe):
         return dict(reconstructions=show_reconstructions(model, split, meta, self.mae))
 
 def mae_laptop()->MaeRecipe:
-    "The encoder of `laptop` without labels, in an hour on two CPU cores: `results/mae_laptop`."
-    vit = VitConfig(num_classes=0, weight_init='torch')
-    return MaeRecipe('mae_laptop', vit=vit, augment=AugmentConfig(scale=(.4,1.)), optim=OptimConfig(lr=3e-3),
+    "An encoder without labels, by masked autoencoding, in an hour on two CPU cores."
+    aug,optim = AugmentConfig(scale=(.4,1.)),OptimConfig(lr=3e-3)
+    return MaeRecipe('mae_laptop', vit=laptop_encoder(), augment=aug, optim=optim,
                      train=TrainConfig(epochs=30, batch_size=256, budget_minutes=55.))

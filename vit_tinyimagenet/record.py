@@ -270,14 +270,15 @@ def plot_progress(trace:pd.DataFrame,   # step, train_loss; from time to time
 # %% ../nbs/08_record.ipynb #ad618868
 class LiveFigure:
     "A figure below the cell that is drawn again in its place."
-    def __init__(self): self.handle = None
+    def __init__(self, form:str='png'): # 'jpeg' for photographs
+        self.form,self.handle = form,None
     def show(self, fig:plt.Figure):
         "Put the figure into the place of the last one."
         from IPython.display import Image, display   # only a notebook has it
-        png = io.BytesIO()   # drawn here: in its first cell a kernel does not know yet how to show a figure
-        fig.savefig(png, dpi=80)
-        if self.handle: self.handle.update(Image(png.getvalue()))
-        else: self.handle = display(Image(png.getvalue()), display_id=True)
+        drawn = io.BytesIO()   # here: in its first cell a kernel does not know yet how to show a figure
+        fig.savefig(drawn, format=self.form, dpi=80)
+        if self.handle: self.handle.update(Image(drawn.getvalue()))
+        else: self.handle = display(Image(drawn.getvalue()), display_id=True)
         plt.close(fig)
 
 # %% ../nbs/08_record.ipynb #c1f62262
