@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELEASE_META', 'AnyImage', 'FREE_FIELDS', 'written_whole', 'save_checkpoint', 'previous', 'load_checkpoint',
-           'copy_run', 'mirror_run', 'save_release', 'load_release', 'shipped', 'load_pretrained', 'read_image',
-           'prepare', 'predict', 'start_from']
+           'copy_run', 'mirror_run', 'save_release', 'read_header', 'load_release', 'shipped', 'load_pretrained',
+           'read_image', 'prepare', 'predict', 'start_from']
 
 # %% ../nbs/06_checkpoint.ipynb #96050573
 import contextlib, json, os, shutil
@@ -105,17 +105,22 @@ def save_release(model:VisionTransformer,
                 ):
     "Write float16 weights with config, classes and what to do with an image in the header."
     header = dict(config=asdict(model.cfg), **{k:meta[k] for k in RELEASE_META})
+    if not model.cfg.num_classes: header |= dict(wnids=[], names=[])   # an encoder knows none
     weights = {n:t.detach().cpu().half().contiguous() for n,t in model.state_dict().items()}
     content = save(weights, {k:json.dumps(v) for k,v in header.items()})
     with written_whole(path) as part: part.write_bytes(content)
+
+def read_header(path:Path)->dict: # config, and what `RELEASE_META` names
+    "What a release file says of itself; its weights are not read."
+    with safe_open(path, 'pt') as f: return {k:json.loads(v) for k,v in f.metadata().items()}
 
 def load_release(path:Path,
                  device:torch.device|str='cpu'
                 )->VisionTransformer: # in evaluation mode, with the header as `model.meta`
     "Rebuild a model from a release file; raises `ValueError` for another or a damaged file."
     try:
-        with safe_open(path, 'pt') as f: header = {k:json.loads(v) for k,v in f.metadata().items()}
-        model = VisionTransformer(VitConfig(**header.pop('config')))
+        header = read_header(path)
+        model = VisionTransformer(VitConfig(**header['config']))
         model.load_state_dict({n:t.float() for n,t in load_file(path).items()})
         model.meta = {k:header[k] for k in RELEASE_META}
     except Exception as e: raise ValueError(f'{path}: no release file, or a damaged one ({e!r})') from e
@@ -167,8 +172,9 @@ def predict(image:AnyImage,
             model:VisionTransformer|str|Path='laptop', # or what `load_pretrained` takes
             k:int=5                                    # at most this many classes
            )->pd.DataFrame:                            # name, wnid, probability; best first
-    "What a model sees in an image; raises `ValueError` or `OSError` for an image that cannot be read."
+    "What a model sees in an image; raises `ValueError` or `OSError` where it cannot be read, or has no head."
     if not isinstance(model,VisionTransformer): model = load_pretrained(model)
+    if not model.cfg.num_classes: raise ValueError('model: an encoder without a head; tune it to labels')
     x = prepare(image, model).to(model.head.weight.device)
     p,i = model.eval()(x)[0].softmax(0).topk(min(k,model.cfg.num_classes))
     named = {c:[model.meta[c+'s'][j] for j in i.tolist()] for c in ('name','wnid')}

@@ -83,11 +83,12 @@ class Draws:
         key = torch.tensor(seed, dtype=torch.int64, device=positions.device)
         for part in (epoch, positions): key = mix64(key*_GOLDEN + part + 1)
         self.key,self.device = key,positions.device
-    def __getitem__(self, part:slice)->'Draws':
-        "Those of some of the images."
-        d = copy.copy(self)
-        d.key = self.key[part]
+    def _with(self, key:Tensor)->'Draws':
+        (d := copy.copy(self)).key = key
         return d
+    def __getitem__(self, part:slice)->'Draws': return self._with(self.key[part]) # of some of the images
+    def fork(self, name:str)->'Draws': # others of the same images, such as for a second view
+        return self._with(mix64(self.key*_GOLDEN + zlib.crc32(name.encode())))
     def bits(self, stream:str, # what the numbers are for, such as 'flip'
              n:int             # numbers an image
             )->Tensor:         # (B,n) int64

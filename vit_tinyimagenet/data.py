@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACK_FORMAT', 'to_rgb', 'open_image', 'to_square', 'decode', 'Chunk', 'read_meta', 'pack', 'Split', 'Pack',
-           'open_data', 'minival_split', 'hold_out', 'first_classes', 'Batch', 'own_part', 'Batches',
+           'open_data', 'minival_split', 'hold_out', 'first_classes', 'fewer_images', 'Batch', 'own_part', 'Batches',
            'channel_mean_probe']
 
 # %% ../nbs/01_data.ipynb #3ba36781
@@ -344,6 +344,14 @@ def first_classes(data:Pack,
     part = copy.copy(data)
     part.train,part.valid = (s.take((s.labels<n).nonzero()[:,0]) for s in (data.train,data.valid))
     part.meta = {**data.meta, 'wnids':wnids[:n], 'names':names[:n]}
+    return part
+
+def fewer_images(data:Pack,
+                 per_class:int # training images a class, the same ones each time
+                )->Pack:
+    "A stratified part of the training images; raises `ValueError` where a class has no more."
+    part = copy.copy(data)
+    part.train = data.train.take(minival_split(data.train.labels, per_class, seed=1)[1])   # 0 is minival
     return part
 
 # %% ../nbs/01_data.ipynb #8e04457c

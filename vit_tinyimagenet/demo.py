@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .checkpoint import load_pretrained, prepare, read_image, shipped
+from .checkpoint import load_pretrained, prepare, read_header, read_image, shipped
 from .data import open_data, to_square
 from .explain import attention_maps, grad_cam, overlay, rollout
 from .vit import VisionTransformer
@@ -25,7 +25,8 @@ def runs(folder:Path|None=None     # of runs, as `vit_train --out` names it
     "The weights to choose from: shipped ones, then those of runs; `ValueError` for a folder without any."
     own = sorted(Path(folder).glob('*/model.safetensors')) if folder else []
     if folder and not own: raise ValueError(f'{folder}: no run with a model.safetensors in it')
-    return {**{f'{n} (shipped)':p for n,p in shipped().items()}, **{p.parent.name:p for p in own}}
+    found = {**{f'{n} (shipped)':p for n,p in shipped().items()}, **{p.parent.name:p for p in own}}
+    return {n:p for n,p in found.items() if read_header(p)['wnids']}   # encoders name nothing
 
 @lru_cache(maxsize=4)
 def loaded(path:Path)->VisionTransformer:

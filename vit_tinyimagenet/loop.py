@@ -64,7 +64,7 @@ def with_bar(batches:Batches, state:TrainState, live:Callable)->Iterator[Batch]:
         live(state)
         if bar.disable: continue   # a number that is shown costs a wait for the device
         rate = (bar.format_dict['rate'] or 0)*state.cfg.batch_size
-        bar.set_postfix_str(f'loss {state.loss.value:.3f}, {rate:.0f} images/s')
+        bar.set_postfix_str(f"loss {state.means['loss'].value:.3f}, {rate:.0f} images/s")
 
 # %% ../nbs/07b_loop.ipynb #afee6bb0
 def train_one_epoch(state:TrainState, batches:Batches, loss_fn:Callable, stop:StopRequest,
@@ -76,8 +76,9 @@ def train_one_epoch(state:TrainState, batches:Batches, loss_fn:Callable, stop:St
     n,saved = len(batches),time.monotonic()
     for batch in with_bar(batches, state, live):
         n_images = batches.n_images(state.batch)
-        loss,top1 = train_step(state, batch, loss_fn, *rate_and_progress(state,n))
-        state.loss.update(loss,n_images); state.top1.update(top1,n_images)
+        means = train_step(state, batch, loss_fn, *rate_and_progress(state,n))
+        for k,v in means.items():
+            if not v.ndim: state.means.setdefault(k, WeightedMean()).update(v, n_images)
         if stop: return state.batch==n or state.step==state.total_steps
         if time.monotonic()-saved>state.cfg.checkpoint_minutes*60: save(); saved = time.monotonic()
     return True
@@ -90,8 +91,8 @@ def seconds_a_step(state:TrainState, batches:Batches, loss_fn:Callable,
     endless = (b for e in itertools.count() for b in batches.epoch(e))
     def steps(n:int)->float:
         start = time.perf_counter()
-        for i in range(n): loss,_ = train_step(state, next(endless), loss_fn, 0., (i+.5)/n)
-        loss.item()   # waits for the device
+        for i in range(n): means = train_step(state, next(endless), loss_fn, 0., (i+.5)/n)
+        means['loss'].item()   # waits for the device
         return (time.perf_counter()-start)/n
     state.model.train()
     with undone(state):
@@ -136,12 +137,13 @@ def plan_steps(state:TrainState, batches:Batches, loss_fn:Callable, evaluate:Cal
 def end_epoch(state:TrainState, images_per_s:float, valid:dict)->dict:
     "The epoch's row of the history; the state moves to the next epoch."
     row = dict(epoch=state.epoch+1, step=state.step, lr=state.opt.param_groups[0]['lr'],
-               train_loss=state.loss.value, train_top1=state.top1.value,
+               **{f'train_{k}':m.value for k,m in state.means.items()},
                **{f'valid_{k}':v for k,v in valid.items()}, images_per_s=images_per_s)
     state.history.append(row)
-    state.epoch,state.batch,state.loss,state.top1 = state.epoch+1,0,WeightedMean(),WeightedMean()
-    if valid and valid['loss']<state.best-state.cfg.min_delta: state.best,state.bad_epochs = valid['loss'],0
-    elif valid: state.bad_epochs += 1
+    state.epoch,state.batch,state.means = state.epoch+1,0,{}
+    loss = valid.get('loss')
+    if loss is not None and loss<state.best-state.cfg.min_delta: state.best,state.bad_epochs = loss,0
+    elif loss is not None: state.bad_epochs += 1
     return row
 
 def end_of(state:TrainState)->str: # 'done', 'early stopping', or '' when there is more to do

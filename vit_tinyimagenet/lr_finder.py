@@ -29,7 +29,7 @@ def lr_finder(state:TrainState, batches:Batches, loss_fn:Callable,
     with undone(state), contextlib.suppress(FloatingPointError):   # where the step before has broken it
         for i,batch in zip(range(steps), endless):
             lr = low*(high/low)**(i/(steps-1))
-            loss = train_step(state, batch, loss_fn, lr, 0.)[0].item()
+            loss = train_step(state, batch, loss_fn, lr, 0.)['loss'].item()
             if not math.isfinite(loss): break
             average = .9*average+.1*loss
             rows.append(dict(lr=lr, loss=loss, smooth=average/(1-.9**(i+1))))

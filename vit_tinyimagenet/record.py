@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'CLOCK', 'MAY_DIFFER', 'write_text', 'without_place', 'write_json', 'write_log', 'save_figure',
            'provenance', 'hardware', 'peak_gib', 'predictions_frame', 'recompute', 'Run', 'results_table',
            'markdown_table', 'plot_curves', 'plot_final', 'plot_ladder', 'plot_kills', 'plot_series', 'alike',
-           'run_differences', 'config_identity', 'config_differences', 'plot_progress', 'LiveCurve']
+           'run_differences', 'config_identity', 'config_differences', 'plot_progress', 'LiveFigure', 'LiveCurve']
 
 # %% ../nbs/08_record.ipynb #5da519d2
 import io, json, platform, shutil, subprocess, sys, time
@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from .checkpoint import load_checkpoint, load_release, written_whole
-from .metrics import Predictions
+from .metrics import Predictions, WeightedMean
 
 # %% ../nbs/08_record.ipynb #831a17f8
 def write_text(path:Path, text:str):
@@ -148,7 +148,7 @@ def plot_curves(logs:dict[str,pd.DataFrame], # name -> log with an `epoch` colum
             if f'{part}_{what}' not in log: continue
             color,label = COLOURS[i%len(COLOURS)],f'{name}, {part}'
             ax.plot(log.epoch, log[f'{part}_{what}']*scale, style, color=color, label=label)
-    ax.set(xlabel='epoch', ylabel='top-1 accuracy (%)' if what=='top1' else 'cross-entropy (nats)')
+    ax.set(xlabel='epoch', ylabel='top-1 accuracy (%)' if what=='top1' else 'loss')
     ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=8)
     fig.tight_layout()
     return fig
@@ -263,28 +263,36 @@ def plot_progress(trace:pd.DataFrame,   # step, train_loss; from time to time
         ax.set(xlim=(0,total_steps), xlabel='optimiser step')
         ax.grid(alpha=.3)
         if ax.lines: ax.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel('cross-entropy (nats)'); axes[1].set_ylabel('top-1 accuracy (%)')
+    axes[0].set_ylabel('loss'); axes[1].set_ylabel('top-1 accuracy (%)')
     fig.tight_layout()
     return fig
 
 # %% ../nbs/08_record.ipynb #ad618868
-class LiveCurve:
+class LiveFigure:
+    "A figure below the cell that is drawn again in its place."
+    def __init__(self, form:str='png'): # 'jpeg' for photographs
+        self.form,self.handle = form,None
+    def show(self, fig:plt.Figure):
+        "Put the figure into the place of the last one."
+        from IPython.display import Image, display   # only a notebook has it
+        drawn = io.BytesIO()   # here: in its first cell a kernel does not know yet how to show a figure
+        fig.savefig(drawn, format=self.form, dpi=80)
+        if self.handle: self.handle.update(Image(drawn.getvalue()))
+        else: self.handle = display(Image(drawn.getvalue()), display_id=True)
+        plt.close(fig)
+
+# %% ../nbs/08_record.ipynb #c1f62262
+class LiveCurve(LiveFigure):
     "Call it with the state of a run now and then: a figure below the cell follows the run."
     def __init__(self, every_s:float=5.): # between redrawings
-        self.every_s,self.drawn,self.handle,self.rows,self.seen = every_s,-every_s,None,[],(0,0.,0)
+        super().__init__()
+        self.every_s,self.drawn,self.rows,self.seen = every_s,-every_s,[],(0,0.,0)
     def __call__(self, state):
         if time.monotonic()-self.drawn<self.every_s and state.step<state.total_steps: return
-        epoch,total,count = state.epoch,float(state.loss.total),state.loss.count
+        loss = state.means.get('loss', WeightedMean())   # none at the beginning of an epoch
+        epoch,total,count = state.epoch,float(loss.total),loss.count
         since = (total-self.seen[1],count-self.seen[2]) if epoch==self.seen[0] else (total,count)
         if since[1]: self.rows.append(dict(step=state.step, train_loss=since[0]/since[1]))
         self.seen = epoch,total,count
         self.show(plot_progress(pd.DataFrame(self.rows), pd.DataFrame(state.history), state.total_steps))
         self.drawn = time.monotonic()
-    def show(self, fig:plt.Figure):
-        "Put the figure into the place of the last one."
-        from IPython.display import Image, display   # only a notebook has it
-        png = io.BytesIO()   # drawn here: in its first cell a kernel does not know yet how to show a figure
-        fig.savefig(png, dpi=80)
-        if self.handle: self.handle.update(Image(png.getvalue()))
-        else: self.handle = display(Image(png.getvalue()), display_id=True)
-        plt.close(fig)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'check_train', 'patch_drop_at', 'patches_to_keep', 'supervised_loss', 'Progress', 'TrainState',
-           'look_at_losses', 'gradients', 'train_step', 'undone']
+           'look_at_losses', 'gradients', 'follow', 'train_step', 'undone']
 
 # %% ../nbs/07_train.ipynb #7ac08754
 import contextlib, copy, math
@@ -22,7 +22,7 @@ from .core import (PRECISIONS, autocast, check_fields, check_types, one_of, pick
 from .cutmix import cutmix
 from .data import Batch
 from .metrics import WeightedMean, topk_accuracy
-from .optim import OptimConfig, make_optimizer
+from .optim import OptimConfig, half_cosine, make_optimizer
 from .parallel import Parallel, summed, world
 from .signs import refuse_nonfinite
 
@@ -41,6 +41,7 @@ class TrainConfig:
     compile: bool = False                # compile the network: some minutes at first, faster steps after
     label_smoothing: float = .1          # in [0,1)
     ema_decay: float = .98               # a step; 0 for none
+    ema_decay_end: float|None = None     # at the end of the run, by half a cosine; None: as at its start
     low_res_until: float = 0.            # share of the run, at its start, with images of half the side
     patch_drop: tuple[tuple[float,float],...] = () # (from this fraction of the run, share of patches dropped)
     watch: str = 'none'                  # evaluated every epoch: 'minival' (held out), 'valid' or 'none'
@@ -63,6 +64,8 @@ def check_train(cfg:TrainConfig):
         *((f, getattr(cfg,f)>=1, 'has to be at least 1') for f in ('epochs','batch_size','accumulate')),
         *((f, 0<=getattr(cfg,f)<1, 'has to be in [0,1)')
           for f in ('label_smoothing','ema_decay','low_res_until')),
+        ('ema_decay_end', 0<=(cfg.ema_decay_end or 0)<=1, 'has to be in [0,1], or None'),
+        ('ema_decay_end', cfg.ema_decay_end is None or cfg.ema_decay>0, 'needs an ema_decay above 0'),
         *((f, getattr(cfg,f)>=0, 'has to be 0 or more')
           for f in ('patience','min_delta','checkpoint_minutes')),
         *((f, getattr(cfg,f) is None or getattr(cfg,f)>0, 'has to be above 0, or None') for f in minutes),
@@ -91,7 +94,7 @@ def supervised_loss(cfg:TrainConfig,
                     aug:AugmentConfig,
                     mean:list[float], # of the dataset, 3 in 0..1
                     std:list[float]   # of the dataset, 3
-                   )->Callable:       # (model, batch, progress) -> loss, top-1
+                   )->Callable:       # (model, batch, progress) -> loss, dict(top1)
     "Cross-entropy with label smoothing on augmented images, some patches dropped."
     def loss_fn(model:nn.Module, batch:Batch, progress:float):
         x,target = augment(batch.x, batch.draws, aug, mean, std),batch.y
@@ -102,7 +105,7 @@ def supervised_loss(cfg:TrainConfig,
         keep = patches_to_keep(batch, model.cfg.num_patches, drop)
         logits = model(x, keep).float()
         loss = F.cross_entropy(logits, target, label_smoothing=cfg.label_smoothing)
-        return loss, topk_accuracy(logits.detach(), batch.y)
+        return loss, dict(top1=topk_accuracy(logits.detach(), batch.y))
     return loss_fn
 
 # %% ../nbs/07_train.ipynb #cee71142
@@ -134,18 +137,18 @@ class TrainState(Progress):
         if cfg.compile: self.model.compile(dynamic=False)
         self.ddp = Parallel(self.model) if world().size>1 else self.model   # what a step goes through
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision=='fp16')
-        self.loss,self.top1 = WeightedMean(),WeightedMean()     # of the epoch so far
+        self.means:dict[str,WeightedMean] = {}                  # of the epoch so far: the loss, and others
         self.recent,self.warned,self.ended = [],False,''        # (step, loss) to look at; why `fit` ended
     def averaged(self)->nn.Module: # the EMA's weights, or the model's when there is none
         return self.ema.module if self.ema else self.model
     def state_dict(self)->dict:
         parts = {k:getattr(self,k).state_dict() for k in self.PARTS if getattr(self,k) is not None}
-        return dict(parts, means=[m.state_dict() for m in (self.loss,self.top1)], **super().state_dict())
+        return dict(parts, means={k:m.state_dict() for k,m in self.means.items()}, **super().state_dict())
     def load_state_dict(self, d:dict):
         super().load_state_dict(d)
         for k in self.PARTS:   # a scaler that was off has an empty state, which one that is on refuses
             if getattr(self,k) is not None and d[k]: getattr(self,k).load_state_dict(d[k])
-        self.loss,self.top1 = (WeightedMean(**m) for m in d['means'])
+        self.means = {k:WeightedMean(**m) for k,m in d['means'].items()}
         self.recent.clear()
 
 # %% ../nbs/07_train.ipynb #14c771d4
@@ -156,38 +159,48 @@ def look_at_losses(state:TrainState):
     refuse_nonfinite(*zip(*state.recent), lr, state.model)   # `scaler.step` has unscaled the gradients
     state.recent.clear()
 
-def gradients(state:TrainState, batch:Batch, loss_fn:Callable, progress:float)->Tensor: # (2,): loss and top-1
+def gradients(state:TrainState, batch:Batch, loss_fn:Callable, progress:float)->dict[str,Tensor]:
     "Add up the gradients of a batch, part after part; the means are of all processes."
-    parts,size = batch.parts(state.cfg.accumulate),world().size
-    means = torch.zeros(2, device=state.device)
+    parts,size,means = batch.parts(state.cfg.accumulate),world().size,{}
     for i,part in enumerate(parts):
         last = i==len(parts)-1   # processes exchange gradients once
         with contextlib.nullcontext() if last or size==1 else state.ddp.no_sync():
-            with autocast(state.device, state.precision): loss,top1 = loss_fn(state.ddp, part, progress)
+            with autocast(state.device, state.precision): loss,others = loss_fn(state.ddp, part, progress)
             state.recent.append((state.step+1, loss.detach()))
             if state.device.type=='cpu' or len(state.recent)>=20: look_at_losses(state)
             if i==0: state.opt.zero_grad()
             state.scaler.scale(loss*(part.weight*size)).backward()   # which averages over processes
-        means += part.weight*torch.stack([loss.detach(), top1])
-    if size>1: state.recent.append((state.step+1, summed(means)[0]))   # all see what one of them may have
+        for k,v in dict(loss=loss.detach(), **others).items(): means[k] = means.get(k,0)+part.weight*v
+    if size>1:
+        means = {k:summed(v) for k,v in means.items()}
+        state.recent.append((state.step+1, means['loss']))   # all see what one of them may have
     return means
 
 # %% ../nbs/07_train.ipynb #74025ab0
+def follow(state:TrainState, means:dict[str,Tensor], progress:float):
+    "What trails the weights after a step: what the model keeps of its means, and may add, and the average."
+    if hasattr(state.model,'keep_means'): means.update(state.model.keep_means(means))
+    if not state.ema: return
+    decay = half_cosine(state.cfg.ema_decay, state.cfg.ema_decay_end, progress)
+    state.ema.multi_avg_fn = get_ema_multi_avg_fn(decay)
+    state.ema.update_parameters(state.model)
+
 def train_step(state:TrainState,
                batch:Batch,
-               loss_fn:Callable,   # (model, batch, progress) -> loss, top-1
+               loss_fn:Callable,   # (model, batch, progress) -> loss, others by name
                lr:float,
                progress:float      # share of the run that is done
-              )->tuple[Tensor,Tensor]: # loss and top-1, 0-d, on the device
+              )->dict[str,Tensor]: # means over the batch, on the device: the loss, and others
     "One optimiser step; raises `FloatingPointError` for a loss that is not finite."
     seed_step(state.cfg.seed, state.step, world().rank)
-    state.opt.set_lr(lr)
-    loss,top1 = gradients(state, batch, loss_fn, progress)
+    decay = half_cosine(state.optim.weight_decay, state.optim.weight_decay_end, progress)
+    state.opt.set_rates(lr, decay)
+    means = gradients(state, batch, loss_fn, progress)
     state.step,state.batch = state.step+1,state.batch+1
     state.scaler.step(state.opt)
     state.scaler.update()
-    if state.ema: state.ema.update_parameters(state.model)
-    return loss,top1
+    follow(state, means, progress)
+    return means
 
 # %% ../nbs/07_train.ipynb #c263145e
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ class VitConfig:
     "Shape and variant of a Vision Transformer; names as in timm."
     img_size: int = 64                 # pixels a side
     patch_size: int = 8                # pixels a side
-    num_classes: int|None = 200        # K; None: as many as the data has, filled in before the model is built
+    num_classes: int|None = 200        # K; 0 for no head; None: as many as the data has, filled in later
     embed_dim: int = 192               # D
     depth: int = 9                     # blocks
     num_heads: int = 3                 # h; D/h wide each
@@ -59,7 +59,7 @@ def check_vit(cfg:VitConfig):
     check_fields(cfg,
         *((f, getattr(cfg,f) in allowed, one_of(*allowed)) for f,allowed in VIT_CHOICES.items()),
         *((f, getattr(cfg,f)>=1, 'has to be at least 1') for f in counts),
-        ('num_classes', cfg.num_classes is None or cfg.num_classes>=1, 'has to be at least 1, or None'),
+        ('num_classes', cfg.num_classes is None or cfg.num_classes>=0, 'has to be 0 or more, or None'),
         *((f, getattr(cfg,f)>0, 'has to be above 0') for f in ('mlp_ratio','norm_eps')),
         ('init_values', cfg.init_values is None or cfg.init_values>0, 'has to be above 0, or None'),
         *((f, 0<=getattr(cfg,f)<1, 'has to be in [0,1)') for f in rates))
@@ -208,13 +208,14 @@ class VisionTransformer(nn.Module):
         rates = [cfg.drop_path_rate*i/max(cfg.depth-1,1) for i in range(cfg.depth)]
         self.blocks = nn.Sequential(*[Block(cfg,rate) for rate in rates])
         self.norm = layer_norm(cfg)
-        self.head,self.head_drop = nn.Linear(D,cfg.num_classes),nn.Dropout(cfg.head_drop_rate)
+        self.head = nn.Linear(D,cfg.num_classes) if cfg.num_classes else nn.Identity()
+        self.head_drop = nn.Dropout(cfg.head_drop_rate)
         WEIGHT_INITS[cfg.weight_init](self)
     def forward_features(self, x:Tensor, keep:Tensor|None=None)->Tensor: # (B,3,H,W), (B,M) -> (B,N,D)
         "Tokens after the last norm, CLS first where there is one; only the patches `keep` when given."
         return self.norm(self.blocks(add_positions(self, self.patch_embed(x,keep), keep)))
-    def forward_head(self, x:Tensor)->Tensor: # (B,N,D) -> (B,K)
-        "Logits from tokens."
+    def forward_head(self, x:Tensor)->Tensor: # (B,N,D) -> (B,K), or (B,D) without a head
+        "Logits from tokens, or what a head would be given."
         return self.head_drop(self.head(x[:,0] if self.cls_token is not None else x.mean(1)))
     def forward(self, x:Tensor, keep:Tensor|None=None)->Tensor: # (B,3,H,W), (B,M) -> (B,K)
         return self.forward_head(self.forward_features(x,keep))
@@ -259,7 +260,8 @@ def zero_residual(model:VisionTransformer):
     for m in model.modules():
         if isinstance(m,nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
     writers = [layer for b in model.blocks for layer in (b.attn.proj,b.mlp.fc2)]
-    for m in (model.head, *writers): nn.init.zeros_(m.weight)
+    heads = [model.head] if model.cfg.num_classes else []
+    for m in (*heads, *writers): nn.init.zeros_(m.weight)
 
 def torch_layers(model:VisionTransformer):
     "Attention as `nn.MultiheadAttention` starts it, the rest as `nn.Linear` does."
