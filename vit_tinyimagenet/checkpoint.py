@@ -111,15 +111,19 @@ def save_release(model:VisionTransformer,
     with written_whole(path) as part: part.write_bytes(content)
 
 def read_header(path:Path)->dict: # config, and what `RELEASE_META` names
-    "What a release file says of itself; its weights are not read."
-    with safe_open(path, 'pt') as f: return {k:json.loads(v) for k,v in f.metadata().items()}
+    "What a release file says of itself, its weights unread; raises `ValueError` as `load_release` does."
+    try:
+        with safe_open(path, 'pt') as f: header = {k:json.loads(v) for k,v in f.metadata().items()}
+        return {k:header[k] for k in ('config',*RELEASE_META)}
+    except Exception as e: raise ValueError(f'{path}: no release file, or a damaged one ({e!r})') from e
 
+# %% ../nbs/06_checkpoint.ipynb #30822186
 def load_release(path:Path,
                  device:torch.device|str='cpu'
                 )->VisionTransformer: # in evaluation mode, with the header as `model.meta`
     "Rebuild a model from a release file; raises `ValueError` for another or a damaged file."
+    header = read_header(path)
     try:
-        header = read_header(path)
         model = VisionTransformer(VitConfig(**header['config']))
         model.load_state_dict({n:t.float() for n,t in load_file(path).items()})
         model.meta = {k:header[k] for k in RELEASE_META}

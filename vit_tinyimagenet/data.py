@@ -349,8 +349,10 @@ def first_classes(data:Pack,
 def fewer_images(data:Pack,
                  per_class:int # training images a class, the same ones each time
                 )->Pack:
-    "A stratified part of the training images; raises `ValueError` where a class has no more."
-    part = copy.copy(data)
+    "A stratified part of the training images; raises `ValueError` where a class has fewer."
+    part,least = copy.copy(data),int(data.train.labels.bincount().min())
+    if not 1<=per_class<=least: raise ValueError(f'per_class={per_class}: the smallest class has {least}')
+    if (data.train.labels.bincount()==per_class).all(): return part   # that is all of them
     part.train = data.train.take(minival_split(data.train.labels, per_class, seed=1)[1])   # 0 is minival
     return part
 

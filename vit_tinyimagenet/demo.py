@@ -23,10 +23,13 @@ from .vit import VisionTransformer
 def runs(folder:Path|None=None     # of runs, as `vit_train --out` names it
         )->dict[str,Path]:         # name -> release file
     "The weights to choose from: shipped ones, then those of runs; `ValueError` for a folder without any."
-    own = sorted(Path(folder).glob('*/model.safetensors')) if folder else []
-    if folder and not own: raise ValueError(f'{folder}: no run with a model.safetensors in it')
-    found = {**{f'{n} (shipped)':p for n,p in shipped().items()}, **{p.parent.name:p for p in own}}
-    return {n:p for n,p in found.items() if read_header(p)['wnids']}   # encoders name nothing
+    def names_classes(path:Path)->bool: # an encoder has none; a damaged file is named when it is chosen
+        try: return bool(read_header(path)['wnids'])
+        except ValueError: return True
+    own = [p for p in sorted(Path(folder).glob('*/model.safetensors')) if names_classes(p)] if folder else []
+    if folder and not own: raise ValueError(f'{folder}: no run with a model.safetensors that names classes')
+    ours = {f'{n} (shipped)':p for n,p in shipped().items() if names_classes(p)}
+    return {**ours, **{p.parent.name:p for p in own}}
 
 @lru_cache(maxsize=4)
 def loaded(path:Path)->VisionTransformer:

@@ -62,7 +62,10 @@ class DinoHead(nn.Module):
         self.mlp = nn.Sequential(*layers[:-1])   # nothing bends the bottleneck
         self.prototypes = nn.Parameter(torch.randn(cfg.out_dim, cfg.bottleneck_dim))
     def forward(self, x:Tensor)->Tensor:
-        return F.linear(F.normalize(self.mlp(x)), F.normalize(self.prototypes))
+        x = self.mlp(x).float()
+        # in bfloat16 a cosine near 1 goes in steps of .004, which a low temperature makes large
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(F.normalize(x), F.normalize(self.prototypes))
 
 # %% ../nbs/13_dino.ipynb #f16a1598
 def entropy(p:Tensor)->Tensor: # (...,K) probabilities -> (...), nats
@@ -143,11 +146,11 @@ def distillation(state:TrainState, # of a `Dino`; its average is the teacher
         views = make_views(batch, aug, cfg, meta['mean'], meta['std'], coarse)
         with torch.no_grad():
             known = teacher.eval().encoder(views[0]).float()
-            cosines = teacher.head(known).float()
+            cosines = teacher.head(known)
             said = ((cosines-state.model.center)/teacher_temperature(cfg,progress)).softmax(-1)
             f = F.normalize(known)
         drop = 0. if coarse else patch_drop_at(progress, state.cfg.patch_drop)
-        student = model(views, student_keeps(batch,model.cfg.num_patches,drop)).float()/cfg.student_temp
+        student = model(views, student_keeps(batch,model.cfg.num_patches,drop))/cfg.student_temp
         loss = dino_loss(student.unflatten(0,(-1,len(batch.y))), said.unflatten(0,(2,-1)))
         return loss, dict(center=cosines.mean(0), said=said.mean(0), feature=f.mean(0),
                           square=f.square().mean(0), entropy=entropy(said).mean())
@@ -158,6 +161,7 @@ def distillation(state:TrainState, # of a `Dino`; its average is the teacher
 class DinoRecipe(SelfSupervised, Recipe):
     "One full configuration of a self-distillation."
     dino: DinoConfig = field(default_factory=DinoConfig)
+    loss_name = 'cross-entropy (nats)'
     def __post_init__(self):
         super().__post_init__()
         check_dino(self)
@@ -175,19 +179,22 @@ def check_dino(recipe:DinoRecipe):
     check_fields(recipe.dino, ('local_size', small%p==0 and size%small==0,
         f'has to be a multiple of {p} (patches, twice as large at half the side) and divide {size}'))
     check_fields(recipe.train, ('ema_decay', recipe.train.ema_decay>0, 'the average is the teacher: above 0'))
+    check_fields(recipe.augment, ('scale', recipe.augment.scale, 'give the area of large views, as shares'))
 
 # %% ../nbs/13_dino.ipynb #dd943b82
 def judge_variety(row:dict, # of the log
-                  least:float=.1 # nats that the teacher's answers have to tell of the image
+                  least:float=.1 # nats that the teacher's answers have to tell of an image
                  )->bool:   # whether it warned
     "Warn where the teacher says much the same of all images."
-    told,even = row['train_marginal_entropy']-row['train_entropy'],row['train_marginal_entropy']
-    if collapsed := told<least:
-        std = row['train_feature_std']
-        warnings.warn(f"collapse: in epoch {row['epoch']} the teacher's answers tell {told:.2f} nats of an "
-                      f'image (of {even:.2f} that they could), its features deviate by {std:.2f} (of 1); '
-                      'lower dino.teacher_temp, or center_momentum below 1', stacklevel=2)
-    return collapsed
+    even,std = row['train_marginal_entropy'],row['train_feature_std']
+    told = even-row['train_entropy']
+    if told>=least: return False
+    fix = ('one prototype for all: dino.center_momentum below 1, or a higher dino.teacher_temp' if even<1 else
+           'all prototypes alike: a lower dino.teacher_temp')
+    warnings.warn(f"collapse: in epoch {row['epoch']} the teacher's answers tell {told:.2f} nats of an image "
+                  f'(of {even:.2f} that they could), features deviate by {std:.2f} (of 1): {fix}',
+                  stacklevel=2)
+    return True
 
 # %% ../nbs/13_dino.ipynb #64564d2d
 def dino_laptop()->DinoRecipe:

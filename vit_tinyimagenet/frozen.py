@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Split
+from .data import Batches, Split
 from .metrics import Predictions, predict_split
-from .recipes import clean_view, ordered, sprint
+from .recipes import FEWEST, clean_view, ordered, sprint
 from .record import COLOURS
 from .train import TrainState
 from .vit import VisionTransformer, VitConfig
@@ -29,12 +29,11 @@ class Pixels(nn.Module):
 def features(encoder:nn.Module,     # images -> (B,D)
              batches:Iterable,      # of `Batch`
              view:Callable,         # batch -> (B,3,H,W) float, normalised
-             precision:str='fp32',  # see `pick_precision`
-             dtype:torch.dtype=torch.float32
+             precision:str='fp32'   # see `pick_precision`
             )->tuple[Tensor,Tensor]: # (n,D) of length 1, (n,) int64 labels
     "Normalised features of a whole split, in its order, on the CPU."
     p = predict_split(encoder, batches, view, precision)
-    return F.normalize(p.logits).to(dtype), p.labels.clone()   # from tensors that no gradient may pass
+    return F.normalize(p.logits), p.labels.clone()   # from tensors that no gradient may pass
 
 # %% ../nbs/11a_frozen.ipynb #25350923
 def knn_predictions(bank:Tensor, bank_labels:Tensor,    # (m,D) of length 1, (m,) int64
@@ -58,13 +57,13 @@ def linear_probe(bank:Tensor, bank_labels:Tensor,    # (m,D), (m,) int64
                  seen:Tensor, labels:Tensor,         # (n,D), (n,) int64
                  num_classes:int,                    # K
                  penalty:float=1e-4,                 # of squared weights
-                 steps:int=100                       # of L-BFGS, at most
+                 steps:int=200                       # of L-BFGS, at most
                 )->Predictions:
     "Multinomial logistic regression on features."
     mean,std = bank.mean(0),bank.std(0).clamp_min(1e-6)
     x = (bank-mean)/std
     w,b = torch.zeros(num_classes,x.shape[1],requires_grad=True),torch.zeros(num_classes,requires_grad=True)
-    opt = torch.optim.LBFGS([w,b], max_iter=steps, line_search_fn='strong_wolfe')
+    opt = torch.optim.LBFGS([w,b], max_iter=steps, max_eval=2*steps, line_search_fn='strong_wolfe')
     def loss():
         opt.zero_grad()
         out = F.cross_entropy(F.linear(x,w,b), bank_labels)+penalty*w.square().sum()
@@ -96,14 +95,14 @@ def plot_classes(seen:Tensor, labels:Tensor, # (n,D), (n,) int64
 # %% ../nbs/11a_frozen.ipynb #73b296ab
 class SelfSupervised:
     "How a recipe without labels is judged; a subclass has its model and loss."
-    learns_labels,judged_by = False,'its 20 nearest neighbours in the training images'
+    learns_labels,judged_by = False,f'its {FEWEST} nearest neighbours in the training images'
     def encoder(self, model:nn.Module)->VisionTransformer: return model.encoder
-    def predictions(self, model:nn.Module, bank:Split, split:Split, meta:dict, state:TrainState)->Predictions:
-        "Votes of the training images that are nearest to those of a split."
+    def predictions(self, model:nn.Module, bank:Split, asked:Batches, meta:dict, state:TrainState
+                   )->Predictions:
+        "Votes of the training images that are nearest."
         view,encoder = clean_view(self, meta),self.encoder(model)
-        of = lambda s: features(encoder, ordered(s,self,state).epoch(), view, state.precision)
-        known,seen = of(bank),of(split)
-        return knn_predictions(*known, *seen, len(meta['wnids']))
+        of = lambda batches: features(encoder, batches.epoch(), view, state.precision)
+        return knn_predictions(*of(ordered(bank,self,state)), *of(asked), len(meta['wnids']), FEWEST)
     def watched(self, p:Predictions)->dict[str,float]:
         "Accuracies alone: the loss of a vote is nothing to lay beside that of the training."
         return {k:v for k,v in p.summary().items() if k!='loss'}

@@ -136,7 +136,7 @@ def plan_steps(state:TrainState, batches:Batches, loss_fn:Callable, evaluate:Cal
 # %% ../nbs/07b_loop.ipynb #2ae15d82
 def end_epoch(state:TrainState, images_per_s:float, valid:dict)->dict:
     "The epoch's row of the history; the state moves to the next epoch."
-    row = dict(epoch=state.epoch+1, step=state.step, lr=state.opt.param_groups[0]['lr'],
+    row = dict(epoch=state.epoch+1, step=state.step, lr=state.opt.lr,
                **{f'train_{k}':m.value for k,m in state.means.items()},
                **{f'valid_{k}':v for k,v in valid.items()}, images_per_s=images_per_s)
     state.history.append(row)
@@ -164,7 +164,7 @@ def begin(state:TrainState, batches:Batches, loss_fn:Callable, evaluate:Callable
 
 # %% ../nbs/07b_loop.ipynb #618c774e
 def fit(state:TrainState, batches:Batches, loss_fn:Callable,
-        evaluate:Callable|None=None,    # model -> dict(top1, top5, loss) of what is watched
+        evaluate:Callable|None=None,    # model -> dict(top1, top5, perhaps loss) of what is watched
         save:Callable=lambda: None,     # writes a checkpoint of the state
         log:Callable=print,             # called with each epoch's row; `wandb.log` fits
         live:Callable=lambda state: None, # called with the state every 20 steps

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MaeConfig', 'MaskedAutoencoder', 'patch_targets', 'hidden_loss', 'mae_loss', 'unpatchify', 'reconstructions',
-           'show_reconstructions', 'LiveReconstructions', 'MaeRecipe', 'mae_laptop']
+           'show_reconstructions', 'LiveReconstructions', 'MaeRecipe', 'check_mae', 'mae_laptop']
 
 # %% ../nbs/12_mae.ipynb #c1fd09b6
 import math
@@ -104,31 +104,32 @@ def reconstructions(model:MaskedAutoencoder,
                     keep:Tensor,    # (B,M) int64
                     mae:MaeConfig
                    )->Tensor:       # (2*B,3,H,W): what is seen, then with the guess in the place of the rest
-    "What the model makes of masked images."
-    p = model.cfg.patch_size
+    "What the model makes of masked images, in evaluation mode."
+    p,was_training = model.cfg.patch_size,model.training
     _,mean,std = patch_targets(x, p, mae.norm_pix_loss)
     seen = torch.zeros(x.shape[0], model.cfg.num_patches, 1, device=x.device).scatter(1, keep[...,None], 1.)
-    patches,guess = patchify(x,p),model(x,keep).float()*std+mean
+    patches,guess = patchify(x,p),model.eval()(x,keep).float()*std+mean
+    model.train(was_training)
     return torch.cat([unpatchify(t,p) for t in (patches*seen, torch.where(seen>0, patches, guess))])
 
 # %% ../nbs/12_mae.ipynb #a3a0762c
 def show_reconstructions(model:MaskedAutoencoder,
                          split:Split, meta:dict, # images, and the mean and std of their pack
-                         mae:MaeConfig,
+                         aug:AugmentConfig, mae:MaeConfig,
                          n:int=8, seed:int=0     # images, and which
                         )->plt.Figure:
     "Images, what is seen of them, and that with the guess in the place of the rest: a row each."
-    batch = next(Batches(split, n, seed, device=next(model.parameters()).device).epoch())
-    x = center_normalize(batch.x, AugmentConfig(crop_size=model.cfg.img_size), meta['mean'], meta['std'])
-    keep = patches_to_keep(batch, model.cfg.num_patches, mae.mask_ratio)
+    batch,device = next(Batches(split, n, seed).epoch()),model.mask_token.device   # not the whole split there
+    x = center_normalize(batch.x, aug, meta['mean'], meta['std']).to(device)
+    keep = patches_to_keep(batch, model.cfg.num_patches, mae.mask_ratio).to(device)
     rows = torch.cat([x, reconstructions(model,x,keep,mae)])
-    mean,std = (torch.tensor(meta[k], device=x.device).view(3,1,1) for k in ('mean','std'))
+    mean,std = (torch.tensor(getattr(aug,k) or meta[k], device=device).view(3,1,1) for k in ('mean','std'))
     return show_images((rows*std+mean).clamp(0,1), ncols=n)
 
 class LiveReconstructions(LiveCurve):
     "The curve of a run, and below it what the model makes of some images at that moment."
-    def __init__(self, draw:Callable): # model -> figure
-        super().__init__()
+    def __init__(self, loss_name:str, draw:Callable): # model -> figure
+        super().__init__(loss_name)
         self.draw,self.below = draw,LiveFigure('jpeg')
     def __call__(self, state:TrainState):
         self.model = state.averaged()
@@ -142,12 +143,27 @@ class LiveReconstructions(LiveCurve):
 class MaeRecipe(SelfSupervised, Recipe):
     "One full configuration of a masked autoencoder."
     mae: MaeConfig = field(default_factory=MaeConfig)
+    loss_name = 'mean squared error of hidden patches'
+    def __post_init__(self):
+        super().__post_init__()
+        check_mae(self)
     def build(self)->nn.Module: return MaskedAutoencoder(self.vit, self.mae)
     def loss_fn(self, state:TrainState, meta:dict)->Callable: return mae_loss(self.augment, self.mae, meta)
     def live(self, split:Split, meta:dict)->LiveCurve:
-        return LiveReconstructions(lambda model: show_reconstructions(model, split, meta, self.mae))
+        draw = lambda model: show_reconstructions(model, split, meta, self.augment, self.mae)
+        return LiveReconstructions(self.loss_name, draw)
     def figures(self, model:nn.Module, split:Split, meta:dict)->dict[str,plt.Figure]:
-        return dict(reconstructions=show_reconstructions(model, split, meta, self.mae))
+        return dict(reconstructions=show_reconstructions(model, split, meta, self.augment, self.mae))
+
+# %% ../nbs/12_mae.ipynb #2e3270bb
+def check_mae(recipe:MaeRecipe):
+    "Raise `ValueError` for the first field that does not fit the hiding of patches."
+    n = recipe.vit.num_patches
+    kept = round(n*(1-recipe.mae.mask_ratio))
+    check_fields(recipe.mae, ('mask_ratio', 1<=kept<n, f'has to hide some of {n} patches, and keep some'))
+    check_fields(recipe.train,
+                 ('patch_drop', not recipe.train.patch_drop, 'empty: mae.mask_ratio drops them'),
+                 ('low_res_until', not recipe.train.low_res_until, '0: images keep their size'))
 
 def mae_laptop()->MaeRecipe:
     "An encoder without labels, by masked autoencoding, in an hour on two CPU cores."

@@ -134,6 +134,8 @@ class JointOptimizer:
     "Several optimisers with disjoint parameters, used as one."
     def __init__(self, *optimizers:torch.optim.Optimizer): self.optimizers = optimizers
     @property
+    def lr(self)->float: return max(g['lr'] for g in self.param_groups) # before `layer_decay`
+    @property
     def param_groups(self)->list[dict]: return [g for o in self.optimizers for g in o.param_groups]
     def step(self):
         for o in self.optimizers: o.step()

@@ -125,7 +125,9 @@ def results_table(runs:list[Run])->pd.DataFrame: # one row a run, formatted for 
         return {'run':name, 'top-1':f"{s['valid_top1']:.1%}", 'top-5':f"{s['valid_top5']:.1%}",
                 'params':f"{s['params']/1e6:.1f}M", 'epochs':s['epochs'], 'minutes':f"{s['wall_s']/60:.1f}",
                 'images/s':f"{s['images_per_s']:.0f}", 'device':s['device'], 'precision':s['precision']}
-    return pd.DataFrame([row(r.name,r.summary) for r in runs])
+    table = pd.DataFrame([row(r.name,r.summary) for r in runs])
+    judges = [r.summary.get('judged_by','its head') for r in runs]   # older runs had no other
+    return table if set(judges)<={'its head'} else table.assign(**{'judged by':judges})
 
 def markdown_table(df:pd.DataFrame)->str:
     "A frame as a Markdown table."
@@ -138,7 +140,8 @@ def markdown_table(df:pd.DataFrame)->str:
 COLOURS = '#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000'.split()   # of Okabe and Ito
 
 def plot_curves(logs:dict[str,pd.DataFrame], # name -> log with an `epoch` column
-                what:str='top1'              # 'top1' (in percent) or 'loss'
+                what:str='top1',             # 'top1' (in percent) or 'loss'
+                loss_name:str='cross-entropy (nats)'
                )->plt.Figure:
     "Train (dashed) and validation (solid) curves of some runs."
     fig,ax = plt.subplots(figsize=(6,3.2))
@@ -148,7 +151,7 @@ def plot_curves(logs:dict[str,pd.DataFrame], # name -> log with an `epoch` colum
             if f'{part}_{what}' not in log: continue
             color,label = COLOURS[i%len(COLOURS)],f'{name}, {part}'
             ax.plot(log.epoch, log[f'{part}_{what}']*scale, style, color=color, label=label)
-    ax.set(xlabel='epoch', ylabel='top-1 accuracy (%)' if what=='top1' else 'loss')
+    ax.set(xlabel='epoch', ylabel='top-1 accuracy (%)' if what=='top1' else loss_name)
     ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=8)
     fig.tight_layout()
     return fig
@@ -251,7 +254,8 @@ def config_differences(old:dict, new:dict, prefix:str='')->Iterator[str]:
 # %% ../nbs/08_record.ipynb #25cd2da1
 def plot_progress(trace:pd.DataFrame,   # step, train_loss; from time to time
                   history:pd.DataFrame, # rows of `fit`'s history, possibly none
-                  total_steps:int       # of the run
+                  total_steps:int,      # of the run
+                  loss_name:str='cross-entropy (nats)'
                  )->plt.Figure:
     "Loss on the left, accuracy on the right, against steps."
     fig,axes = plt.subplots(1,2,figsize=(9,2.8))
@@ -263,7 +267,7 @@ def plot_progress(trace:pd.DataFrame,   # step, train_loss; from time to time
         ax.set(xlim=(0,total_steps), xlabel='optimiser step')
         ax.grid(alpha=.3)
         if ax.lines: ax.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel('loss'); axes[1].set_ylabel('top-1 accuracy (%)')
+    axes[0].set_ylabel(loss_name); axes[1].set_ylabel('top-1 accuracy (%)')
     fig.tight_layout()
     return fig
 
@@ -284,9 +288,11 @@ class LiveFigure:
 # %% ../nbs/08_record.ipynb #c1f62262
 class LiveCurve(LiveFigure):
     "Call it with the state of a run now and then: a figure below the cell follows the run."
-    def __init__(self, every_s:float=5.): # between redrawings
+    def __init__(self, loss_name:str='cross-entropy (nats)',
+                 every_s:float=5. # between redrawings
+                ):
         super().__init__()
-        self.every_s,self.drawn,self.rows,self.seen = every_s,-every_s,[],(0,0.,0)
+        self.loss_name,self.every_s,self.drawn,self.rows,self.seen = loss_name,every_s,-every_s,[],(0,0.,0)
     def __call__(self, state):
         if time.monotonic()-self.drawn<self.every_s and state.step<state.total_steps: return
         loss = state.means.get('loss', WeightedMean())   # none at the beginning of an epoch
@@ -294,5 +300,6 @@ class LiveCurve(LiveFigure):
         since = (total-self.seen[1],count-self.seen[2]) if epoch==self.seen[0] else (total,count)
         if since[1]: self.rows.append(dict(step=state.step, train_loss=since[0]/since[1]))
         self.seen = epoch,total,count
-        self.show(plot_progress(pd.DataFrame(self.rows), pd.DataFrame(state.history), state.total_steps))
+        rows,history = pd.DataFrame(self.rows),pd.DataFrame(state.history)
+        self.show(plot_progress(rows, history, state.total_steps, self.loss_name))
         self.drawn = time.monotonic()

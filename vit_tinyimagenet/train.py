@@ -155,8 +155,8 @@ class TrainState(Progress):
 def look_at_losses(state:TrainState):
     "Raise `FloatingPointError` where one of the latest losses is not finite."
     if not state.recent: return
-    lr = state.opt.param_groups[0]['lr']
-    refuse_nonfinite(*zip(*state.recent), lr, state.model)   # `scaler.step` has unscaled the gradients
+    # `scaler.step` has unscaled the gradients
+    refuse_nonfinite(*zip(*state.recent), state.opt.lr, state.model)
     state.recent.clear()
 
 def gradients(state:TrainState, batch:Batch, loss_fn:Callable, progress:float)->dict[str,Tensor]:
@@ -172,7 +172,9 @@ def gradients(state:TrainState, batch:Batch, loss_fn:Callable, progress:float)->
             state.scaler.scale(loss*(part.weight*size)).backward()   # which averages over processes
         for k,v in dict(loss=loss.detach(), **others).items(): means[k] = means.get(k,0)+part.weight*v
     if size>1:
-        means = {k:summed(v) for k,v in means.items()}
+        together = summed(torch.cat([v.flatten() for v in means.values()]))   # one exchange
+        parts = together.split([v.numel() for v in means.values()])
+        means = {k:part.view_as(v) for (k,v),part in zip(means.items(), parts)}
         state.recent.append((state.step+1, means['loss']))   # all see what one of them may have
     return means
 
