@@ -143,7 +143,7 @@ class LiveReconstructions(LiveCurve):
 class MaeRecipe(SelfSupervised, Recipe):
     "One full configuration of a masked autoencoder."
     mae: MaeConfig = field(default_factory=MaeConfig)
-    loss_name = 'mean squared error of hidden patches'
+    loss_name = 'mean squared error'
     def __post_init__(self):
         super().__post_init__()
         check_mae(self)

@@ -267,6 +267,7 @@ def plot_progress(trace:pd.DataFrame,   # step, train_loss; from time to time
         ax.set(xlim=(0,total_steps), xlabel='optimiser step')
         ax.grid(alpha=.3)
         if ax.lines: ax.legend(frameon=False, fontsize=8)
+        else: ax.set_axis_off()   # nothing to show, or not yet
     axes[0].set_ylabel(loss_name); axes[1].set_ylabel('top-1 accuracy (%)')
     fig.tight_layout()
     return fig
