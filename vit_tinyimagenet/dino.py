@@ -161,10 +161,7 @@ def distillation(state:TrainState, # of a `Dino`; its average is the teacher
 class DinoRecipe(SelfSupervised, Recipe):
     "One full configuration of a self-distillation."
     dino: DinoConfig = field(default_factory=DinoConfig)
-    loss_name = 'cross-entropy (nats)'
-    def __post_init__(self):
-        super().__post_init__()
-        check_dino(self)
+    def check(self): check_dino(self)
     def build(self)->nn.Module: return Dino(self.vit, self.dino)
     def loss_fn(self, state:TrainState, meta:dict)->Callable:
         return distillation(state, self.augment, self.dino, meta)

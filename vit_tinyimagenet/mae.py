@@ -144,9 +144,7 @@ class MaeRecipe(SelfSupervised, Recipe):
     "One full configuration of a masked autoencoder."
     mae: MaeConfig = field(default_factory=MaeConfig)
     loss_name = 'mean squared error'
-    def __post_init__(self):
-        super().__post_init__()
-        check_mae(self)
+    def check(self): check_mae(self)
     def build(self)->nn.Module: return MaskedAutoencoder(self.vit, self.mae)
     def loss_fn(self, state:TrainState, meta:dict)->Callable: return mae_loss(self.augment, self.mae, meta)
     def live(self, split:Split, meta:dict)->LiveCurve:

@@ -43,6 +43,7 @@ from .vit import VisionTransformer, VitConfig
 class Supervised:
     "How a recipe learns and by what it is judged: what it does not say in fields."
     learns_labels,judged_by,loss_name = True,'its head','cross-entropy (nats)'
+    def check(self): pass # raises `ValueError` for fields that a subclass adds and that do not fit
     def build(self)->nn.Module: return VisionTransformer(self.vit)
     def encoder(self, model:nn.Module)->VisionTransformer: # what is released of a model
         return model
@@ -77,7 +78,9 @@ class Recipe(Supervised):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    def __post_init__(self): check_recipe(self)
+    def __post_init__(self):
+        check_recipe(self)
+        self.check()
 
 # %% ../nbs/09_recipes.ipynb #be21230e
 def check_recipe(recipe:Recipe):
