@@ -202,8 +202,8 @@ def judge_variety(row:dict, # of the log
 def dino_laptop()->DinoRecipe:
     "An encoder without labels, by self-distillation, in an hour on two CPU cores."
     aug = AugmentConfig(scale=(.4,1.), color_jitter=(.4,.4,.2,.1), grayscale=.2)
-    cfg = DinoConfig(local_crops=2, local_scale=(.15,.4), teacher_temp=.03, teacher_temp_end=.03)
-    train = TrainConfig(epochs=16, batch_size=128, budget_minutes=55., ema_decay=.99, ema_decay_end=1.,
+    cfg = DinoConfig(local_crops=2, local_scale=(.15,.4), teacher_temp=.014, teacher_temp_end=.014)
+    train = TrainConfig(epochs=10, batch_size=64, budget_minutes=55., ema_decay=.99, ema_decay_end=1.,
                         low_res_until=.85, patch_drop=((0.,.5),))
     return DinoRecipe('dino_laptop', vit=laptop_encoder(), augment=aug, dino=cfg,
                       optim=OptimConfig(lr=2e-3), train=train)
