@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from .record import (Run, config_differences, config_identity, without_place,
+from .record import (PLACES, Run, config_differences, config_identity, without_place,
                                      write_json, write_text)
 
 # %% ../nbs/08a_ablate.ipynb #9de12cf7
@@ -61,7 +61,7 @@ class Study:
 def _named(config:Any)->dict:
     "A recipe as JSON gives it back, without the places of its files."
     d = config_identity(config)
-    return {**d, **{k:without_place(d[k]) for k in ('data','init') if d.get(k)}}
+    return {**d, **{k:without_place(d[k]) for k in PLACES if d.get(k)}}
 
 def write_plan(study:Study, folder:Path
               )->dict: # run -> variant, seed, changes, recipe: these, and those that had begun

@@ -78,7 +78,7 @@ def train_main(argv:list[str]|None=None):
 @dataclass(frozen=True)
 class AblateArgs(Generic[AnyRecipe]):
     "What a command line says of a study."
-    recipe: Annotated[AnyRecipe, tyro.conf.arg(name='')]   # the base; it is judged on minival
+    recipe: Annotated[AnyRecipe, tyro.conf.arg(name='')]   # the base; on minival, if it is not a study's
     study: str                    # the name of its folder
     vary: tyro.conf.UseAppendAction[tuple[str,...]] = ()   # a variant: 'field=value field=value'
     seeds: tuple[int,...] = (0,)
@@ -96,7 +96,7 @@ def changes_of(text:str, base:Recipe)->dict[str,Any]: # 'field=value field=value
 
 # %% ../nbs/19_cli.ipynb #c8c5c7d4
 def judged_on_minival(recipe:Recipe)->Recipe:
-    "A recipe as a study wants it."
+    "A recipe as a study wants it that has no other say in the matter."
     watch = 'none' if recipe.train.watch=='minival' else recipe.train.watch
     return replace(recipe, tuning=True, train=replace(recipe.train, watch=watch, patience=0))
 
@@ -107,7 +107,7 @@ def parse_study(argv:list[str])->tuple[Study,AblateArgs]:
     start = known.base if known else judged_on_minival(RECIPES[name]())
     default = AblateArgs(start, known.name if known else tyro.MISSING, seeds=known.seeds if known else (0,))
     args = tyro.cli(AblateArgs[type(start)], default=default, args=argv[1:], prog=f'vit_ablate {name}')
-    base = judged_on_minival(args.recipe)
+    base = args.recipe if known else judged_on_minival(args.recipe)
     varied = {text:changes_of(text,base) for text in args.vary}
     variants = {**(known.variants if known else {'base':{}}), **varied}
     return Study(args.study, base, variants, args.seeds),args

@@ -8,7 +8,7 @@ __all__ = ['DinoConfig', 'DinoHead', 'entropy', 'Dino', 'dino_loss', 'make_views
            'dino_gpu']
 
 # %% ../nbs/13_dino.ipynb #5a715f42
-import warnings
+import math, warnings
 from dataclasses import dataclass, field, replace
 from typing import Callable
 
@@ -40,7 +40,7 @@ class DinoConfig:
     teacher_temp: float = .04      # at first, when student and teacher hardly agree
     teacher_temp_end: float = .07  # after `warmup`
     warmup: float = .3             # share of the run in which the teacher's temperature rises
-    center_momentum: float = .9    # of the mean that is taken from what the teacher says; 1 for none
+    center_momentum: float = .9    # of the means by which prototypes are made alike; 1 for not at all
 
     def __post_init__(self):
         check_types(self)
@@ -78,17 +78,21 @@ class Dino(nn.Module):
         super().__init__()
         self.cfg,self.momentum = vit,cfg.center_momentum
         self.encoder,self.head = VisionTransformer(vit),DinoHead(vit.embed_dim, cfg)
-        self.register_buffer('center', torch.zeros(cfg.out_dim))
+        self.register_buffer('center', torch.zeros(cfg.out_dim))    # of cosines
+        self.register_buffer('balance', torch.zeros(cfg.out_dim))   # of what is said, in nats
     def forward(self, views:list[Tensor], keep:Tensor|None=None)->Tensor: # patches of the first size
         keeps = [keep]+[None]*(len(views)-1)
         return self.head(torch.cat([self.encoder(v,k) for v,k in zip(views,keeps)]))
     @torch.no_grad()
     def keep_means(self, means:dict[str,Tensor])->dict[str,Tensor]: # of a step, by `distillation`
         "Move the centre; what tells a collapse is returned."
-        self.center.lerp_(means['center'], 1-self.momentum)
+        said,rate = means['said'],1-self.momentum
+        self.center.lerp_(means['center'], rate)
+        # the logarithm of what nobody says has no end
+        self.balance.add_((len(said)*said).clamp_min(1/math.e).log(), alpha=rate).sub_(self.balance.mean())
         variance = (means['square']-means['feature'].square()).clamp_min(0)
         std = (variance*len(variance)).sqrt().mean()
-        return dict(marginal_entropy=entropy(means['said']), feature_std=std)
+        return dict(marginal_entropy=entropy(said), feature_std=std)
 
 # %% ../nbs/13_dino.ipynb #d439b48f
 def dino_loss(student:Tensor, # (V,B,K) logits over the temperature; the first two views are the teacher's
@@ -147,7 +151,8 @@ def distillation(state:TrainState, # of a `Dino`; its average is the teacher
         with torch.no_grad():
             known = teacher.eval().encoder(views[0]).float()
             cosines = teacher.head(known)
-            said = ((cosines-state.model.center)/teacher_temperature(cfg,progress)).softmax(-1)
+            centred = (cosines-state.model.center)/teacher_temperature(cfg,progress)
+            said = (centred-state.model.balance).softmax(-1)
             f = F.normalize(known)
         drop = 0. if coarse else patch_drop_at(progress, state.cfg.patch_drop)
         student = model(views, student_keeps(batch,model.cfg.num_patches,drop))/cfg.student_temp
@@ -197,8 +202,8 @@ def judge_variety(row:dict, # of the log
 def dino_laptop()->DinoRecipe:
     "An encoder without labels, by self-distillation, in an hour on two CPU cores."
     aug = AugmentConfig(scale=(.4,1.), color_jitter=(.4,.4,.2,.1), grayscale=.2)
-    cfg = DinoConfig(local_crops=2, local_scale=(.15,.4), teacher_temp=.03, teacher_temp_end=.03)
-    train = TrainConfig(epochs=16, batch_size=128, budget_minutes=55., ema_decay=.99, ema_decay_end=1.,
+    cfg = DinoConfig(local_crops=2, local_scale=(.15,.4), teacher_temp=.014, teacher_temp_end=.014)
+    train = TrainConfig(epochs=10, batch_size=64, budget_minutes=55., ema_decay=.99, ema_decay_end=1.,
                         low_res_until=.85, patch_drop=((0.,.5),))
     return DinoRecipe('dino_laptop', vit=laptop_encoder(), augment=aug, dino=cfg,
                       optim=OptimConfig(lr=2e-3), train=train)

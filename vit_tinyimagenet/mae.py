@@ -167,4 +167,4 @@ def mae_laptop()->MaeRecipe:
     "An encoder without labels, by masked autoencoding, in an hour on two CPU cores."
     aug,optim = AugmentConfig(scale=(.4,1.)),OptimConfig(lr=3e-3)
     return MaeRecipe('mae_laptop', vit=laptop_encoder(), augment=aug, optim=optim,
-                     train=TrainConfig(epochs=30, batch_size=256, budget_minutes=55.))
+                     train=TrainConfig(epochs=16, batch_size=128, budget_minutes=55.))

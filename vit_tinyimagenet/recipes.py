@@ -32,7 +32,7 @@ from .metrics import Predictions, predict_split
 from .ops import keep_memory
 from .optim import OptimConfig
 from .parallel import anyone, joined, refuse_differences, say, world
-from .record import (LiveCurve, Run, config_differences, config_identity, peak_gib,
+from .record import (PLACES, LiveCurve, Run, config_differences, config_identity, peak_gib,
                                      plot_curves, predictions_frame, provenance, save_figure,
                                      without_place, write_json, write_log, write_text)
 from .train import TrainConfig, TrainState, supervised_loss
@@ -405,8 +405,9 @@ def find_lr(recipe:Recipe,
 # %% ../nbs/09_recipes.ipynb #a70a5722
 def start_record(folder:Path, recipe:Recipe, data:Pack, train_on:Split, sittings:list[dict]):
     "Write `config.json`, and a grid of what the model is shown."
-    init = recipe.init and without_place(recipe.init)
-    named = asdict(replace(recipe, data=data.meta['source'], init=init))   # where they lie is of no matter
+    given = {k:v for k in PLACES if (v := getattr(recipe,k,None))}
+    placeless = {k:without_place(v) for k,v in given.items()}   # where they lie is of no matter
+    named = asdict(replace(recipe, **{**placeless, 'data':data.meta['source']}))
     write_json(folder/'config.json', dict(recipe=named, sittings=sittings))
     save_figure(recipe.samples(train_on, data.meta), folder/'samples.png')
 

@@ -7,7 +7,7 @@ __all__ = ['CARD', 'USE', 'USE_ENCODER', 'LICENCE', 'PUSHED', 'DRAWN', 'is_encod
            'push_to_hub']
 
 # %% ../nbs/08b_share.ipynb #f58e0798
-import shutil, tempfile
+import json, shutil, tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -91,8 +91,10 @@ def staged(run:Run, repo:str, to:Path,
     "All that is to be pushed, in a folder; raises `ValueError` where the weights are missing or others."
     card,weights = model_card(run, repo),weights or run.folder/'model.safetensors'
     if not weights.exists(): raise ValueError(f'{weights} is missing: give the folder that the run wrote')
-    there,here = asdict(load_release(weights).cfg),run.config['recipe']['vit']
-    other = [k for k in there if there[k]!=here.get(k) and k!='num_classes']   # None until data is seen
+    recipe = run.config['recipe']
+    there,here = asdict(load_release(weights).cfg),recipe.get('resnet',{})|recipe['vit']
+    same = lambda k: json.dumps(there[k])==json.dumps(here.get(k))   # a tuple is a list there
+    other = [k for k in there if k!='num_classes' and not same(k)]   # which is None until data is seen
     if other: raise ValueError(f'{weights}: of another network than {run.folder} ({", ".join(other)})')
     to.mkdir(parents=True, exist_ok=True)
     drawn = [name for name in DRAWN if (run.folder/name).exists()]

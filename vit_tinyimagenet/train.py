@@ -84,27 +84,28 @@ def patch_drop_at(progress:float, # share of the run that is done, in [0,1)
 def patches_to_keep(batch:Batch,
                     n:int,     # N, patches of an image
                     rate:float # share dropped
-                   )->Tensor|None: # (B,M) int64; None when nothing is dropped
+                   )->Tensor: # (B,M) int64
     "A random subset of patches for each image."
-    if not rate: return None
     return batch.draws.uniform('patch_drop',n).argsort(1)[:,:max(1,round(n*(1-rate)))]
 
 # %% ../nbs/07_train.ipynb #595f36b6
 def supervised_loss(cfg:TrainConfig,
                     aug:AugmentConfig,
                     mean:list[float], # of the dataset, 3 in 0..1
-                    std:list[float]   # of the dataset, 3
+                    std:list[float],  # of the dataset, 3
+                    more:Callable|None=None # (images as augmented, whole; logits; loss) -> loss
                    )->Callable:       # (model, batch, progress) -> loss, dict(top1)
     "Cross-entropy with label smoothing on augmented images, some patches dropped."
     def loss_fn(model:nn.Module, batch:Batch, progress:float):
         x,target = augment(batch.x, batch.draws, aug, mean, std),batch.y
         if aug.cutmix and progress<aug.cutmix_until:
             x,target = cutmix(x, batch.y, batch.draws, aug.cutmix, model.cfg.num_classes)
-        if low := progress<cfg.low_res_until: x = F.avg_pool2d(x, 2)
+        low = progress<cfg.low_res_until
         drop = 0. if low else patch_drop_at(progress, cfg.patch_drop)
-        keep = patches_to_keep(batch, model.cfg.num_patches, drop)
-        logits = model(x, keep).float()
+        keep = patches_to_keep(batch, model.cfg.num_patches, drop) if drop else None
+        logits = model(F.avg_pool2d(x,2) if low else x, keep).float()
         loss = F.cross_entropy(logits, target, label_smoothing=cfg.label_smoothing)
+        if more: loss = more(x, logits, loss)
         return loss, dict(top1=topk_accuracy(logits.detach(), batch.y))
     return loss_fn
 
