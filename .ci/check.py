@@ -232,8 +232,9 @@ assert Path({lib}.__file__).is_relative_to(sys.argv[1]), {lib}.__file__
 assert shipped(), 'no weights in the wheel'
 for name in shipped():
     model = load_pretrained(name)
-    assert model(torch.zeros(1, 3, model.cfg.img_size, model.cfg.img_size)).isfinite().all()
-    assert len(model.meta['wnids']) == model.cfg.num_classes, name   # none of an encoder
+    known, side = len(model.meta['wnids']), model.cfg.img_size
+    assert known == model.cfg.num_classes, name   # none of an encoder, which gives its features
+    assert model(torch.zeros(1, 3, side, side)).shape == (1, known or model.cfg.embed_dim), name
 """
 
 
