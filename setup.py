@@ -14,10 +14,10 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]),
-    package_data={cfg['lib_name']: ['weights/*.safetensors']},
+    package_data={cfg['lib_name']: ['weights/*.safetensors', 'weights/forms/*']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'bench', 'demo', 'hub')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'bench', 'demo', 'hub', 'quantize', 'export')},
     entry_points={'console_scripts': cfg['console_scripts'].split('\n')},
     classifiers=['Programming Language :: Python :: 3'], zip_safe=False,
 )

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RELEASE_META', 'Network', 'NETWORKS', 'AnyImage', 'FREE_FIELDS', 'written_whole', 'save_checkpoint', 'previous',
-           'load_checkpoint', 'copy_run', 'mirror_run', 'save_release', 'read_header', 'load_release', 'shipped',
-           'load_pretrained', 'read_image', 'prepare', 'predict', 'start_from']
+           'load_checkpoint', 'copy_run', 'mirror_run', 'release_header', 'write_release', 'save_release',
+           'read_header', 'network_of', 'load_release', 'shipped', 'load_pretrained', 'read_image', 'pixels_of',
+           'prepare', 'predict', 'start_from']
 
 # %% ../nbs/06_checkpoint.ipynb #96050573
 import contextlib, json, os, shutil
@@ -102,39 +103,51 @@ RELEASE_META = ('wnids','names','mean','std','img_size')   # img_size: the short
 Network = VisionTransformer|ResNet
 NETWORKS = dict(VisionTransformer=(VisionTransformer,VitConfig), ResNet=(ResNet,ResNetConfig))
 
-def save_release(model:Network,
-                 path:Path,
-                 meta:dict # of the pack; what `RELEASE_META` names
-                ):
-    "Write float16 weights with config, classes and what to do with an image in the header."
+def release_header(model:Network,
+                   meta:dict  # of the pack; what `RELEASE_META` names
+                  )->dict:
+    "What a file says of itself: kind and config of the network, classes, what to do with an image."
     header = dict(network=type(model).__name__, config=asdict(model.cfg), **{k:meta[k] for k in RELEASE_META})
     if not model.cfg.num_classes: header |= dict(wnids=[], names=[])   # an encoder knows none
-    weights = {n:t.detach().cpu().half().contiguous() for n,t in model.state_dict().items()}
+    return header
+
+def write_release(path:Path, weights:dict[str,Tensor], header:dict):
+    "Write tensors with a header, the file whole or not at all."
     content = save(weights, {k:json.dumps(v) for k,v in header.items()})
     with written_whole(path) as part: part.write_bytes(content)
 
-def read_header(path:Path)->dict: # network, config, and what `RELEASE_META` names
+def save_release(model:Network, path:Path, meta:dict # as for `release_header`
+                ):
+    "Write float16 weights with their header."
+    weights = {n:t.detach().cpu().half().contiguous() for n,t in model.state_dict().items()}
+    write_release(path, weights, release_header(model,meta))
+
+# %% ../nbs/06_checkpoint.ipynb #30822186
+def read_header(path:Path)->dict: # as `release_header` made it; int8: see `quantize`, None of other files
     "What a release file says of itself, its weights unread; raises `ValueError` as `load_release` does."
     try:
         with safe_open(path, 'pt') as f: header = {k:json.loads(v) for k,v in f.metadata().items()}
         named = header.get('network', 'VisionTransformer')   # the first files had no other
-        return dict(network=named, **{k:header[k] for k in ('config',*RELEASE_META)})
+        return dict(network=named, int8=header.get('int8'), **{k:header[k] for k in ('config',*RELEASE_META)})
     except Exception as e: raise ValueError(f'{path}: no release file, or a damaged one ({e!r})') from e
 
-# %% ../nbs/06_checkpoint.ipynb #30822186
-def load_release(path:Path,
-                 device:torch.device|str='cpu'
-                )->Network: # in evaluation mode, with the header as `model.meta`
+def network_of(header:dict)->Network: # in evaluation mode, with the header's `RELEASE_META` as `meta`
+    "A network as a header describes it, its weights those of a new one."
+    given = {k:tuple(v) if isinstance(v,list) else v for k,v in header['config'].items()}
+    network,config = NETWORKS[header['network']]
+    model = network(config(**given)).eval()
+    model.meta = {k:header[k] for k in RELEASE_META}
+    return model
+
+def load_release(path:Path, device:torch.device|str='cpu')->Network: # as `network_of` gives it
     "Rebuild a model from a release file; raises `ValueError` for another or a damaged file."
     header = read_header(path)
+    if header['int8']: raise ValueError(f'{path}: eight bits; vit_tinyimagenet.quantize.load_int8 reads it')
     try:
-        given = {k:tuple(v) if isinstance(v,list) else v for k,v in header['config'].items()}
-        network,config = NETWORKS[header['network']]
-        model = network(config(**given))
+        model = network_of(header)
         model.load_state_dict({n:t.float() for n,t in load_file(path).items()})
-        model.meta = {k:header[k] for k in RELEASE_META}
     except Exception as e: raise ValueError(f'{path}: no release file, or a damaged one ({e!r})') from e
-    return model.to(device).eval()
+    return model.to(device)
 
 # %% ../nbs/06_checkpoint.ipynb #5b423828
 def shipped()->dict[str,Path]: # name -> file
@@ -166,14 +179,19 @@ def read_image(image:AnyImage,
     try: return open_image(data, min_size)[0]
     except ValueError as e: raise ValueError(f"{'image' if image is data else image}: {e}") from e
 
+def pixels_of(image:AnyImage, size:int # a side
+             )->Tensor:                # (1,3,size,size) uint8
+    "An image as `pack` would have stored it; raises `ValueError` as `read_image` does."
+    x = to_square(read_image(image,2*size), size)   # 2*size: as `decode` does
+    return torch.from_numpy(x.copy())[None]
+
 def prepare(image:AnyImage,
             model:Network # with `meta`, as `load_pretrained` gives it
            )->Tensor:     # (1,3,H,W) float32, normalised
     "An image as the model was shown its validation images; raises `ValueError` as `read_image` does."
     if not hasattr(model,'meta'): raise ValueError('model: has no meta; take one from load_pretrained')
-    size = model.meta['img_size']
-    x = torch.from_numpy(to_square(read_image(image,2*size), size).copy())[None]   # 2*size: as `decode` does
     view = AugmentConfig(crop_size=model.cfg.img_size)
+    x = pixels_of(image, model.meta['img_size'])
     return center_normalize(x, view, model.meta['mean'], model.meta['std'])
 
 # %% ../nbs/06_checkpoint.ipynb #d2d30b31

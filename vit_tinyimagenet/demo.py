@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .checkpoint import load_pretrained, prepare, read_header, read_image, shipped
+from .checkpoint import Network, load_pretrained, prepare, read_header, read_image, shipped
 from .data import open_data, to_square
 from .explain import attention_maps, grad_cam, overlay, rollout
 from .vit import VisionTransformer
@@ -32,7 +32,7 @@ def runs(folder:Path|None=None     # of runs, as `vit_train --out` names it
     return {**ours, **{p.parent.name:p for p in own}}
 
 @lru_cache(maxsize=4)
-def loaded(path:Path)->VisionTransformer:
+def loaded(path:Path)->Network:
     "A model, kept for the next image."
     return load_pretrained(path).requires_grad_(False)
 
@@ -49,7 +49,7 @@ def uploaded(path:str|Path,
     return read_image(Path(path).read_bytes(), 512)
 
 # %% ../nbs/18_demo.ipynb #6dedf0ba
-def centre_view(image:Image.Image|np.ndarray, model:VisionTransformer, side:int=256
+def centre_view(image:Image.Image|np.ndarray, model:Network, side:int=256
                )->torch.Tensor: # (1,3,side,side) uint8
     "What the model gets of an image, in more pixels than it gets."
     whole = round(side*model.meta['img_size']/model.cfg.img_size)   # some models are shown a crop
@@ -58,16 +58,18 @@ def centre_view(image:Image.Image|np.ndarray, model:VisionTransformer, side:int=
 
 def look(image:Image.Image|np.ndarray, # (H,W,3) uint8, where it is an array
          path:Path                     # a release file
-        )->tuple[dict[str,float],list[np.ndarray]]: # class -> probability; three images (256,256,3) uint8
-    "The five best classes; the image as the model gets it, with Grad-CAM, with attention."
+        )->tuple[dict[str,float],list[np.ndarray|None]]: # class -> probability; images (256,256,3) uint8
+    "The five best classes; the image as the model gets it, with Grad-CAM, with attention where there is any."
     model = loaded(path)
+    attends = isinstance(model,VisionTransformer)
     x,large = prepare(image, model),centre_view(image, model)
     with torch.inference_mode(): p,best = model(x)[0].softmax(0).topk(min(5,model.cfg.num_classes))
-    maps = grad_cam(model,x), rollout(attention_maps(model,x))
-    shown = large[0],*((255*overlay(large,m)[0]).byte() for m in maps)
+    maps = [grad_cam(model, x, layer=None if attends else model.blocks)]
+    if attends: maps.append(rollout(attention_maps(model,x)))
+    shown = [s.permute(1,2,0).numpy() for s in (large[0],*((255*overlay(large,m)[0]).byte() for m in maps))]
     names,wnids = model.meta['names'],model.meta['wnids']   # some names stand for two classes
     label = lambda i: names[i] if names.count(names[i])==1 else f'{names[i]} ({wnids[i]})'
-    return {label(i):q for i,q in zip(best.tolist(),p.tolist())},[s.permute(1,2,0).numpy() for s in shown]
+    return {label(i):q for i,q in zip(best.tolist(),p.tolist())},shown+[None]*(3-len(shown))
 
 # %% ../nbs/18_demo.ipynb #23522635
 def samples(data:str|None, n:int=16)->list[tuple[np.ndarray,str]]: # n of (64,64,3) uint8, name

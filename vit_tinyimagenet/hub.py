@@ -15,11 +15,12 @@ from .sources import (MAX_FILE_BYTES, SPLIT_NAMES, FolderSource, ZipSource, file
                                       image_files, open_source)
 
 # %% ../nbs/00d_hub.ipynb #5f59ae84
-def extra(module:str # of the extra `hub`
-         ):          # the module
+def extra(module:str,
+          of:str='hub' # the extra of this package that brings it
+         ):            # the module
     "Import what only some need; raises `ImportError` with what to install."
     try: return importlib.import_module(module)
-    except ImportError as e: raise ImportError(f"needs {module}: pip install 'vit_tinyimagenet[hub]'") from e
+    except ImportError as e: raise ImportError(f"needs {module}: pip install 'vit_tinyimagenet[{of}]'") from e
 
 def hub_errors()->tuple: # of exceptions
     "What the Hub's library raises where something cannot be had; without a network, its HTTP library's own."

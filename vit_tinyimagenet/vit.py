@@ -252,7 +252,8 @@ def add_positions(model:VisionTransformer,
     x = x + (pos if keep is None else take_tokens(pos,keep)).to(x.dtype)
     if not n_cls: return x
     cls = (model.cls_token+model.pos_embed[:,:1]).to(x.dtype)
-    return torch.cat([cls.expand(len(x),-1,-1), x], 1)
+    # not len(x): what is exported for any number of images must not have it as a constant
+    return torch.cat([cls.expand(x.shape[0],-1,-1), x], 1)
 
 # %% ../nbs/03_vit.ipynb #4ee26de6
 def zero_residual(model:VisionTransformer):
