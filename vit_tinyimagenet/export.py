@@ -73,13 +73,15 @@ def load_program(path:Path)->tuple[Callable,dict]: # (B,3,H,W) uint8 -> (B,K) lo
     except Exception as e: raise ValueError(f'{path}: no exported program, or a damaged one ({e!r})') from e
     return run,json.loads(found['meta.json'])
 
-# %% ../nbs/16_export.ipynb #eaded9d6
+# %% ../nbs/16_export.ipynb #37e44834
 class OnnxSession:
     "An ONNX file, ready to be asked: (B,3,H,W) uint8 -> (B,K) logits; its header is `header`."
     def __init__(self, content:bytes, threads:int=0): # 0: as many as onnxruntime finds right
         ort = extra('onnxruntime','export')
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
+        # threads that go on turning after an answer would slow down whatever computes next
+        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
         self.session = ort.InferenceSession(content, options, providers=['CPUExecutionProvider'])
         self.header = json.loads(self.session.get_modelmeta().custom_metadata_map['header'])
     def __call__(self, pixels:Tensor)->Tensor:
