@@ -144,12 +144,11 @@ def ablate(study:Study,
 def differs_from_plan(study:Study, folder:Path # of a study that has been run
                      )->list[str]:             # run: field: what it was, what it would be
     "In what the study of today is not the one that was run; where its data lies does not count."
-    plan,found = json.loads((folder/'plan.json').read_text()),[]
-    for r in study.runs():
-        was = plan[r['run']]['recipe']
-        now = json.loads(json.dumps(_named(r['recipe'])))
-        found += [f"{r['run']}: {d}" for d in config_differences(was,now) if not d.startswith('data:')]
-    return found
+    was = {n:p['recipe'] for n,p in json.loads((folder/'plan.json').read_text()).items()}
+    now = {r['run']:json.loads(json.dumps(_named(r['recipe']))) for r in study.runs()}
+    found = [f"{n}: only {'there' if n in was else 'here'}" for n in was.keys()^now.keys()]
+    return found+[f'{n}: {d}' for n in was.keys()&now.keys() for d in config_differences(was[n],now[n])
+                  if not d.startswith('data:')]
 
 # %% ../nbs/08a_ablate.ipynb #f3431509
 def differences(runs:pd.DataFrame, # of `runs.csv`

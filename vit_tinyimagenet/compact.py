@@ -63,10 +63,10 @@ def ask(run:Callable, data:Pack, batch_size:int=250)->Predictions:
     logits,labels = zip(*parts)
     return Predictions(torch.cat(logits).clone(), torch.cat(labels).clone())
 
-# %% ../nbs/17a_compact.ipynb #084facd8
+# %% ../nbs/17a_compact.ipynb #4754751e
 def file_mb(runtime:str, form:str, run:Callable, # as the functions above name and give them
             folder:Path)->float:                 # megabytes
-    "What the file of a form weighs; it is written where it is not there. Plain float32 is counted."
+    "What the file of a form weighs, which is written, but for ONNX. Plain float32 is counted."
     if runtime=='onnxruntime': return (folder/f'{form}.onnx').stat().st_size/1e6
     if form=='fp32': return 4e-6*sum(t.numel() for t in run.model.parameters())
     save = save_release if form=='bf16' else save_int8   # 16 bits a weight, as released
@@ -77,6 +77,7 @@ def accuracy_table(model:Network, data:Pack, folder:Path # for the files
                   )->pd.DataFrame: # runtime, form, top1, top5, agree and kl (beside fp32 in torch), mb
     "What each form knows, how far its answers have moved, and what its file weighs."
     pixels,rows,before = some_pixels(data),[],None
+    for left in folder.glob('*.onnx'): left.unlink()   # of other weights, perhaps
     runtimes = dict(torch=torch_forms(model,pixels), onnxruntime=onnx_forms(model,pixels,folder))
     for runtime,form,run in ((r,f,run) for r,forms in runtimes.items() for f,run in forms.items()):
         said = ask(run, data)
@@ -155,13 +156,18 @@ def plot_frontier(table:pd.DataFrame # as `frontier` gives it
     plt.close(fig)
     return fig
 
-# %% ../nbs/17a_compact.ipynb #4e968c84
+# %% ../nbs/17a_compact.ipynb #7c9aa368
 def write_tables(names:list[str],  # of weights, as `load_pretrained` takes them
                  data:Pack, out:Path,
                  files:Path|None,  # a folder in which the files are kept, in one of each name
                  rounds:int=20, compiled:bool=True):
     "Measure and write accuracy.csv, latency.csv and sensitivity.csv."
-    models,pixels,tables = {Path(n).stem:load_pretrained(n) for n in names},some_pixels(data),{}
+    short = lambda p: p.parent.name if p.name=='model.safetensors' else p.stem   # of a run: its folder
+    models,pixels,tables = {short(Path(n)):load_pretrained(n) for n in names},some_pixels(data),{}
+    if len(models)<len(names): raise ValueError(f"{', '.join(names)}: two of one name; rename a file")
+    for name,model in models.items():
+        if model.meta['wnids']!=data.meta['wnids']:
+            raise ValueError(f'{name}: not of the classes of {data.folder}; take those that it learned')
     by = {k:v for k,v in provenance(torch.device('cpu')).items() if k in ('commit','dirty','hardware')}
     for name,model in models.items():
         with tempfile.TemporaryDirectory() as d:

@@ -57,7 +57,7 @@ def check_same(served:Served, run:Callable, # (B,3,H,W) uint8 -> (B,K) logits
         if not off<=most*max(1,wanted.abs().max().item()):
             raise RuntimeError(f'{path}: not written, since its logits would differ by {off:.2g}')
 
-# %% ../nbs/16_export.ipynb #3729583b
+# %% ../nbs/16_export.ipynb #b2ef8604
 def save_program(model:Network, path:Path):
     "Write a .pt2 file, its header in `meta.json` inside; raises `RuntimeError` as `check_same` does."
     program = traced(served := Served(model))
@@ -69,9 +69,11 @@ def save_program(model:Network, path:Path):
 def load_program(path:Path)->tuple[Callable,dict]: # (B,3,H,W) uint8 -> (B,K) logits; the header
     "Read such a file; raises `ValueError` for another or a damaged one."
     content,found = Path(path).read_bytes(),{'meta.json':''}
-    try: run = torch.export.load(io.BytesIO(content), extra_files=found).module()
-    except Exception as e: raise ValueError(f'{path}: no exported program, or a damaged one ({e!r})') from e
-    return run,json.loads(found['meta.json'])
+    try:
+        run = torch.export.load(io.BytesIO(content), extra_files=found).module()
+        return run,json.loads(found['meta.json'])
+    except Exception as e:
+        raise ValueError(f'{path}: no program of this package, or a damaged one ({e!r})') from e
 
 # %% ../nbs/16_export.ipynb #37e44834
 class OnnxSession:

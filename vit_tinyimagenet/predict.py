@@ -21,7 +21,7 @@ from .quantize import load_int8
 from .record import write_text
 from .sources import FolderSource, image_files
 
-# %% ../nbs/16a_predict.ipynb #b839b660
+# %% ../nbs/16a_predict.ipynb #51709e95
 def forms()->dict[str,Path]: # name -> file
     "What comes with the package and can name classes: release files, and other forms of some of them."
     folder = Path(str(files('vit_tinyimagenet')/'weights'/'forms'))
@@ -31,15 +31,17 @@ def forms()->dict[str,Path]: # name -> file
 def open_form(name:str,   # of `forms()`, a file, or as `load_pretrained` takes it
              )->tuple[Callable[[Tensor],Tensor],dict]: # (B,3,H,W) uint8 -> (B,K) logits; the header
     "What answers for pixels; raises `ValueError` for a file that cannot, `ImportError` for a missing extra."
-    path = forms().get(name, Path(name))
-    if path.suffix=='.pt2': return load_program(path)
-    if path.suffix=='.onnx': return (session := load_onnx(path)), session.header
-    small = path.is_file() and read_header(path)['int8']
-    model = load_int8(path) if small else load_pretrained(name)
-    if not model.meta['wnids']: raise ValueError(f'{name}: an encoder without a head; tune it to labels')
-    return Served(model), model.meta
+    path = Path(name) if Path(name).is_file() else forms().get(name, Path(name))
+    if path.suffix=='.pt2': run,header = load_program(path)
+    elif path.suffix=='.onnx': header = (run := load_onnx(path)).header
+    else:
+        small = path.is_file() and read_header(path)['int8']
+        run = Served(load_int8(path) if small else load_pretrained(str(path) if path.is_file() else name))
+        header = run.meta
+    if not header['wnids']: raise ValueError(f'{name}: an encoder without a head; tune it to labels')
+    return run,header
 
-# %% ../nbs/16a_predict.ipynb #19c7bc39
+# %% ../nbs/16a_predict.ipynb #3012aca2
 def images_in(names:list[str])->list[Path]:
     "Files as they are named, folders by what images are in them; raises `ValueError` for what is not there."
     found = []
@@ -48,7 +50,7 @@ def images_in(names:list[str])->list[Path]:
         inside = [p/n for n in image_files(FolderSource(p))] if p.is_dir() else [p]
         if not inside: raise ValueError(f'{p}: no images in it')
         found += inside
-    return found
+    return list(dict.fromkeys(found))   # each once
 
 def answered(images:list[Path], run:Callable, header:dict, # as `open_form` gives them
              bad:list[str],        # gets a line for each image that cannot be read
@@ -67,7 +69,7 @@ def answered(images:list[Path], run:Callable, header:dict, # as `open_form` give
             kinds = dict(name=[header['names'][i] for i in at], top=[header['wnids'][i] for i in at], p=best)
             yield dict(image=str(image), **{f'{c}{j+1}':v for c,vs in kinds.items() for j,v in enumerate(vs)})
 
-# %% ../nbs/16a_predict.ipynb #6f5621bd
+# %% ../nbs/16a_predict.ipynb #503691ff
 def predict_main(argv:list[str]|None=None):
     "The command `vit_predict`: exit code 1 when an image could not be read."
     p = argparse.ArgumentParser('vit_predict', description='What is in an image.')
@@ -82,13 +84,14 @@ def predict_main(argv:list[str]|None=None):
         rows = list(answered(images_in(args.images), *open_form(args.weights), bad, args.k))
         if args.out and rows: write_text(args.out, pd.DataFrame(rows).to_csv(index=False))
     except (ValueError,OSError,ImportError) as e: sys.exit(f'vit_predict: {e}')
-    if not args.out: print(told(rows, any(Path(n).is_dir() for n in args.images)))
+    if rows and not args.out: print(told(rows, any(Path(n).is_dir() for n in args.images)))
     for line in bad: print(f'vit_predict: {line}', file=sys.stderr)
+    if not rows: sys.exit('vit_predict: no image could be read, so nothing was written')
     if bad: sys.exit(1)
 
 def told(rows:list[dict], as_csv:bool)->str:
     "Rows as one reads them, or as a program does."
     if as_csv: return pd.DataFrame(rows).to_csv(index=False).rstrip()
-    k = sum(c[0]=='p' for c in (rows or [{}])[0])
+    k = sum(c[0]=='p' for c in rows[0])
     best = lambda r: [f"  {r[f'p{j}']:6.1%}  {r[f'name{j}']}" for j in range(1,k+1)]
     return '\n'.join(line for r in rows for line in (r['image'],*best(r)))
