@@ -17,6 +17,7 @@ from PIL import Image
 from .checkpoint import Network, load_pretrained, prepare, read_header, read_image, shipped
 from .data import open_data, to_square
 from .explain import attention_maps, grad_cam, overlay, rollout
+from .hub import extra
 from .vit import VisionTransformer
 
 # %% ../nbs/18_demo.ipynb #d8286097
@@ -85,9 +86,7 @@ def samples(data:str|None, n:int=16)->list[tuple[np.ndarray,str]]: # n of (64,64
 def gradio():
     "The module, which reports to nobody; raises `ImportError` with what to install."
     for what in ('GRADIO_ANALYTICS_ENABLED','GRADIO_RUN_HISTORY'): os.environ.setdefault(what, 'False')
-    try: import gradio
-    except ImportError as e: raise ImportError("needs gradio: pip install 'vit_tinyimagenet[demo]'") from e
-    return gradio
+    return extra('gradio','demo')
 
 def page(named:dict[str,Path],                # as `runs` gives it
          given:list[tuple[np.ndarray,str]]=() # as `samples` gives it

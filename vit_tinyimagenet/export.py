@@ -24,10 +24,10 @@ from .vit import VisionTransformer
 
 # %% ../nbs/16_export.ipynb #c4e6fd34
 class Served(nn.Module):
-    "A network with crop and normalisation inside: (B,3,H,W) uint8, as its meta has it -> (B,K) logits."
-    def __init__(self, model:Network): # with `meta`, as `load_pretrained` gives it
+    "A network on the CPU with crop and normalisation inside: (B,3,H,W) uint8 -> (B,K) logits."
+    def __init__(self, model:Network): # with `meta`, as `load_pretrained` gives it; it is copied
         super().__init__()
-        self.model,self.meta = model.eval(),model.meta
+        self.model,self.meta = copy.deepcopy(model).cpu().eval(),model.meta
         self.view = AugmentConfig(crop_size=model.cfg.img_size)
     def view_of(self, pixels:Tensor)->Tensor: # (B,3,H,W) uint8 -> (B,3,h,w) float32
         "As the network is shown an image: cropped, normalised."
@@ -41,7 +41,7 @@ class Served(nn.Module):
 # %% ../nbs/16_export.ipynb #706efed8
 def traced(served:Served)->torch.export.ExportedProgram:
     "All operations on a CPU, for any number of images."
-    served = copy.deepcopy(served).cpu().requires_grad_(False)
+    served = copy.deepcopy(served).requires_grad_(False)
     for m in served.modules():   # in a graph the fused attention is a few known operations
         if hasattr(m,'fused'): m.plain = m.fused
     size = {0:torch.export.Dim('batch')}   # traced with two: what is 1 would be taken for a constant

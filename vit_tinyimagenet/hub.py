@@ -19,8 +19,11 @@ def extra(module:str,
           of:str='hub' # the extra of this package that brings it
          ):            # the module
     "Import what only some need; raises `ImportError` with what to install."
+    fix = f"pip install -U 'vit_tinyimagenet[{of}]'"
     try: return importlib.import_module(module)
-    except ImportError as e: raise ImportError(f"needs {module}: pip install 'vit_tinyimagenet[{of}]'") from e
+    except ModuleNotFoundError as e: raise ImportError(f'needs {e.name}: {fix}') from e
+    except Exception as e:   # of many kinds, where it was built for another release of torch, for example
+        raise ImportError(f'{module} does not fit what else is installed ({e!r}): {fix}') from e
 
 def hub_errors()->tuple: # of exceptions
     "What the Hub's library raises where something cannot be had; without a network, its HTTP library's own."

@@ -26,14 +26,9 @@ from .vit import VisionTransformer
 # %% ../nbs/15_quantize.ipynb #fd01aade
 def torchao():
     "torchao's quantization; raises `ImportError` that says what to install."
-    fix = "pip install -U 'vit_tinyimagenet[quantize]'"
-    try: ao = extra('torchao.quantization','quantize')
-    except ImportError: raise
-    except Exception as e:   # of many kinds, where it was built for another torch
-        it = f"torchao {version('torchao')}"
-        raise ImportError(f'{it} does not fit torch {torch.__version__} ({e!r}): {fix}') from e
+    ao = extra('torchao.quantization','quantize')
     if hasattr(ao,'Int8StaticActivationInt8WeightConfig'): return ao
-    raise ImportError(f"torchao {version('torchao')} is too old for this: {fix}")
+    raise ImportError(f"torchao {version('torchao')} is too old: pip install -U 'vit_tinyimagenet[quantize]'")
 
 # %% ../nbs/15_quantize.ipynb #7fc6af3e
 FORMS = ('weight_only','dynamic','static')
