@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['some_pixels', 'torch_forms', 'InBfloat16', 'onnx_files', 'onnx_forms', 'ask', 'file_mb', 'accuracy_table',
-           'runtimes_of', 'can_compile', 'latencies', 'latency_table', 'frontier', 'plot_frontier', 'named_models',
+           'runtimes_of', 'check_compiler', 'latencies', 'latency_table', 'frontier', 'plot_frontier', 'named_models',
            'replace_rows', 'write_tables', 'compact_main']
 
 # %% ../nbs/17a_compact.ipynb #20a50d98
@@ -106,7 +106,7 @@ def runtimes_of(model:Network, pixels:Tensor, stem:Path, threads:int, compiled:b
     return {(runtime,f):run for runtime,forms in named.items() for f,run in forms.items()}
 
 # %% ../nbs/17a_compact.ipynb #0c3f012d
-def can_compile():
+def check_compiler():
     "Raise `RuntimeError` where `torch.compile` does not work, before time is spent on what does."
     try: torch.compile(torch.nn.Linear(2,2))(torch.zeros(1,2))
     except Exception as e: raise RuntimeError(f'--eager leaves out the compiled forms, since {e}') from e
@@ -196,7 +196,7 @@ def write_tables(models:dict[str,Network], data:Pack, out:Path,
     for name,model in models.items():
         if model.meta['wnids']!=data.meta['wnids']:
             raise ValueError(f'{name}: not of the classes of {data.folder}; take those that it learned')
-    if compiled: can_compile()
+    if compiled: check_compiler()
     by = {k:v for k,v in provenance(torch.device('cpu')).items() if k in ('commit','dirty','hardware')}
     pixels = some_pixels(data)
     for name,model in models.items():
