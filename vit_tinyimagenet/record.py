@@ -124,8 +124,9 @@ def results_table(runs:list[Run])->pd.DataFrame: # one row a run, formatted for 
     "The figures that one compares runs by."
     def row(name:str, s:dict)->dict:
         return {'run':name, 'top-1':f"{s['valid_top1']:.1%}", 'top-5':f"{s['valid_top5']:.1%}",
-                'params':f"{s['params']/1e6:.1f}M", 'epochs':s['epochs'], 'minutes':f"{s['wall_s']/60:.1f}",
-                'images/s':f"{s['images_per_s']:.0f}", 'device':s['device'], 'precision':s['precision']}
+                'params':f"{s['params']/1e6:.1f}M", 'epochs':f"{s['epochs']:g}",
+                'minutes':f"{s['wall_s']/60:.1f}", 'images/s':f"{s['images_per_s']:.0f}",
+                'device':s['device'], 'precision':s['precision']}
     table = pd.DataFrame([row(r.name,r.summary) for r in runs])
     judges = [r.summary.get('judged_by','its head') for r in runs]   # older runs had no other
     return table if set(judges)<={'its head'} else table.assign(**{'judged by':judges})
