@@ -16,6 +16,7 @@ from typing import Callable
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from .bench import medians, take_turns
@@ -161,6 +162,9 @@ def plot_frontier(table:pd.DataFrame # as `frontier` gives it
         for r in table.itertuples():
             ax.scatter(getattr(r,x), 100*r.top1, color=colour[r.weights], marker=sign[r.form], s=36, alpha=.8)
         ax.set(xscale='log', xlabel=label)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,2,5)))
+        ax.xaxis.set_major_formatter('{x:g}')
+        ax.xaxis.set_minor_formatter('')
         ax.grid(alpha=.3)
     axes[0].set_ylabel('top-1 (%)')
     entry = lambda label,**how: plt.Line2D([],[],ls='',label=label,**how)
