@@ -23,13 +23,14 @@ from .vit import VisionTransformer
 # %% ../nbs/18_demo.ipynb #d8286097
 def runs(folder:Path|None=None     # of runs, as `vit_train --out` names it
         )->dict[str,Path]:         # name -> release file
-    "The weights to choose from: shipped ones, then those of runs; `ValueError` for a folder without any."
+    "The weights to choose from, first those that `predict` takes; `ValueError` for a folder without any."
     def names_classes(path:Path)->bool: # an encoder has none; a damaged file is named when it is chosen
         try: return bool(read_header(path)['wnids'])
         except ValueError: return True
     own = [p for p in sorted(Path(folder).glob('*/model.safetensors')) if names_classes(p)] if folder else []
     if folder and not own: raise ValueError(f'{folder}: no run with a model.safetensors that names classes')
-    ours = {f'{n} (shipped)':p for n,p in shipped().items() if names_classes(p)}
+    there = sorted(shipped().items(), key=lambda o: o[0]!='laptop')
+    ours = {f'{n} (shipped)':p for n,p in there if names_classes(p)}
     return {**ours, **{p.parent.name:p for p in own}}
 
 @lru_cache(maxsize=4)
