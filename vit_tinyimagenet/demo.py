@@ -33,6 +33,7 @@ def runs(folder:Path|None=None     # of runs, as `vit_train --out` names it
     ours = {f'{n} (shipped)':p for n,p in there if names_classes(p)}
     return {**ours, **{p.parent.name:p for p in own}}
 
+# %% ../nbs/18_demo.ipynb #3e940731
 @lru_cache(maxsize=4)
 def loaded(path:Path)->Network:
     "A model, kept for the next image."

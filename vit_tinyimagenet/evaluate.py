@@ -18,19 +18,20 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 
 from .augment import AugmentConfig, center_normalize, show_images
+from .checkpoint import Network
 from .core import pick_precision
 from .data import Batches, Pack, Split
 from .metrics import Predictions, predict_split
 from .record import COLOURS, predictions_frame, recompute
 from .views import short_name
-from .vit import VisionTransformer
 
 # %% ../nbs/10_evaluate.ipynb #090a0a0d
-def logits_of(model:VisionTransformer,  # with `meta`, as `load_pretrained` gives it
+def logits_of(model:Network,        # with `meta`, as `load_pretrained` gives it
               data:Pack,
-              split:str='valid',        # or 'train'
+              split:str='valid',    # or 'train'
               batch_size:int=250,
-              precision:str='auto'      # of matrix products; see `pick_precision`
+              precision:str='auto', # of matrix products; see `pick_precision`
+              mirrored:bool=False   # whether to show the mirror image of each
              )->Predictions:
     "What a model says to every image of a split; raises `ValueError` for other classes or another size."
     has,wants = (m['img_size'] for m in (data.meta,model.meta))
@@ -42,7 +43,8 @@ def logits_of(model:VisionTransformer,  # with `meta`, as `load_pretrained` give
     device = model.head.weight.device
     batches = Batches(getattr(data,split), batch_size, shuffle=False, device=device)
     cfg = AugmentConfig(crop_size=model.cfg.img_size)
-    view = lambda b: center_normalize(b.x, cfg, model.meta['mean'], model.meta['std'])
+    pixels = lambda b: b.x.flip(-1) if mirrored else b.x
+    view = lambda b: center_normalize(pixels(b), cfg, model.meta['mean'], model.meta['std'])
     return predict_split(model, batches.epoch(), view, pick_precision(device,precision))
 
 # %% ../nbs/10_evaluate.ipynb #5ff13a20
@@ -53,11 +55,11 @@ def evaluation_frame(p:Predictions, files:list[str], wnids:list[str])->pd.DataFr
     best = {f'p{j+1}':col.numpy() for j,col in enumerate(logp.gather(1,top).exp().T)}
     return predictions_frame(p, files, wnids).assign(**best, p_label=own.exp().numpy(), loss=-own.numpy())
 
-def evaluate(model:VisionTransformer, # with `meta`, as `load_pretrained` gives it
+def evaluate(model:Network,      # with `meta`, as `load_pretrained` gives it
              data:Pack,
-             split:str='valid',       # or 'train'
-             **how                    # batch_size, precision: see `logits_of`
-            )->pd.DataFrame:          # image, label, top1 .. top5, p1 .. p5, p_label, loss
+             split:str='valid',  # or 'train'
+             **how               # batch_size, precision, mirrored: see `logits_of`
+            )->pd.DataFrame:     # image, label, top1 .. top5, p1 .. p5, p_label, loss
     "From weights and data to a row an image."
     p = logits_of(model, data, split, **how)
     return evaluation_frame(p, getattr(data,split).files, data.meta['wnids'])
