@@ -170,7 +170,7 @@ def plot_differences(table:pd.DataFrame, # from `differences`
     ax.barh(table.variant, table.points, xerr=table.se.fillna(0), color=colors, capsize=3)
     ax.axvline(0, color='black', lw=.8)
     ax.invert_yaxis()
-    ax.set(xlabel=f'points of minival top-1 above "{reference}"')
+    ax.set(xlabel=f'points of top-1 above "{reference}"')
     ax.grid(axis='x', alpha=.3)
     fig.tight_layout()
     return fig
@@ -190,7 +190,7 @@ def plot_waterfall(table:pd.DataFrame, # variant, top1 (a fraction), in the orde
     for y,(g,at,e) in enumerate(zip(gain, top1, se)):
         ax.text(max(at,at-g)+e+.01*right, y, f'{at:.1f}' if y==0 else f'{g:+.1f}', va='center', fontsize=8)
     ax.axvline(top1[0], color='black', lw=.8, ls=':')
-    ax.invert_yaxis(); ax.set(xlabel=f'top-1 (%) of {n_images:,} minival images', xlim=(0,1.12*right))
+    ax.invert_yaxis(); ax.set(xlabel=f'top-1 (%) of {n_images:,} images', xlim=(0,1.12*right))
     ax.grid(axis='x', alpha=.3)
     fig.tight_layout()
     return fig

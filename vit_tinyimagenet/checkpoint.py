@@ -215,7 +215,7 @@ FREE_FIELDS = {'num_classes','img_size','drop_rate','head_drop_rate','drop_path_
 def start_from(model:Network,  # changed in place
                name:str,       # as `load_pretrained` takes it
                wnids:list[str] # the classes of `model`
-              ):
+              )->list[str]:    # the classes that it was trained on
     "Copy the weights of a trained model; raises `ValueError` where it is another network."
     source,here = load_pretrained(name),asdict(model.cfg)
     kinds = [type(m).__name__ for m in (source,model)]
@@ -231,3 +231,4 @@ def start_from(model:Network,  # changed in place
         grid_size,n_cls = model.cfg.img_size//model.cfg.patch_size,int(model.cls_token is not None)
         weights['pos_embed'] = resize_positions(pos, grid_size, n_cls)
     model.load_state_dict(weights, strict=same_classes)
+    return source.meta['wnids']

@@ -18,7 +18,7 @@ from .augment import AugmentConfig
 from .checkpoint import load_pretrained
 from .core import check_fields, check_types, one_of
 from .optim import OptimConfig
-from .recipes import Recipe, laptop
+from .recipes import Recipe, beware_of_minival, laptop
 from .resnet import ResNet, ResNetConfig
 from .train import TrainConfig, TrainState, supervised_loss
 from .vit import VitConfig
@@ -85,6 +85,7 @@ class CompactRecipe(Recipe):
         more,aug = None,self.augment
         if self.teacher:
             teacher = Teacher(self.teacher, meta, aug, self.vit.img_size, state.device)
+            beware_of_minival(self, 'teacher', teacher.network.meta['wnids'], meta)
             more = taught_by(teacher, self.distill)
         return supervised_loss(self.train, aug, meta['mean'], meta['std'], more)
 

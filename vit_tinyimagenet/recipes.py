@@ -6,9 +6,9 @@
 __all__ = ['RECIPES', 'FORMAT', 'FEWEST', 'FINISHED', 'Supervised', 'Recipe', 'check_recipe', 'check_unlabelled', 'demo',
            'laptop', 'sprint', 'original_notebook', 'original_readme', 'own_images', 'fine_tune', 'recipe_data',
            'splits_of', 'named_splits', 'clean_view', 'ordered', 'watcher', 'identity', 'prepare_folder', 'resume',
-           'fit_to_data', 'new_state', 'run_folder', 'loop_parts', 'seconds_to_evaluate', 'as_it_stands', 'train_here',
-           'train', 'fit_recipe', 'print_row', 'find_lr', 'start_record', 'selection', 'evaluate_valid', 'draw_record',
-           'finish_record']
+           'fit_to_data', 'beware_of_minival', 'new_state', 'run_folder', 'loop_parts', 'seconds_to_evaluate',
+           'as_it_stands', 'train_here', 'train', 'fit_recipe', 'print_row', 'find_lr', 'start_record', 'selection',
+           'evaluate_valid', 'draw_record', 'finish_record']
 
 # %% ../nbs/09_recipes.ipynb #10e718ee
 import itertools, time, warnings
@@ -276,6 +276,17 @@ def fit_to_data(recipe:Recipe, data:Pack
         ('img_size', recipe.vit.img_size==size, f'after augment.crop_size images have {size} pixels a side'))
     return recipe
 
+# %% ../nbs/09_recipes.ipynb #1962ec25
+def beware_of_minival(recipe:Recipe,
+                      field:str,       # of it, that names weights
+                      known:list[str], # the classes that these were trained on
+                      meta:dict        # of the data
+                     ):
+    "Warn where weights that a run begins with or is taught by may have learned minival, its judge."
+    if recipe.tuning and set(meta['wnids'])<=set(known):
+        warnings.warn(f"tuning=True judges on minival, which {field}='{getattr(recipe,field)}' may have "
+                      'learned: take weights of a run with tuning=True, or be judged on the official images')
+
 # %% ../nbs/09_recipes.ipynb #4670f288
 def new_state(recipe:Recipe, data:Pack,
               folder:Path|None=None # of the run, which may have begun
@@ -286,7 +297,8 @@ def new_state(recipe:Recipe, data:Pack,
     saved = folder/'checkpoint.pt' if folder else None
     begun = saved and (saved.exists() or previous(saved).exists())
     if recipe.init and not begun:
-        start_from(recipe.encoder(model), recipe.init, data.meta['wnids'] if recipe.learns_labels else [])
+        wnids = data.meta['wnids'] if recipe.learns_labels else []
+        beware_of_minival(recipe, 'init', start_from(recipe.encoder(model), recipe.init, wnids), data.meta)
     return TrainState(model, recipe.optim, recipe.train)
 
 def run_folder(recipe:Recipe, out:str|Path)->Path:
