@@ -18,14 +18,14 @@ import tyro
 from . import recipes, studies
 from .ablate import Study, ablate
 from .dino import dino_gpu, dino_laptop
-from .distill import compact_laptop, resnet_laptop, taught
+from .distill import compact_laptop, laptop_long, resnet_laptop, taught
 from .mae import mae_laptop
 from .parallel import TORCHRUN, say
 from .recipes import Recipe, train
 from .record import results_table
 
 # %% ../nbs/19_cli.ipynb #452db943
-OTHERS = mae_laptop,dino_laptop,dino_gpu,resnet_laptop,compact_laptop
+OTHERS = mae_laptop,dino_laptop,dino_gpu,resnet_laptop,compact_laptop,laptop_long
 RECIPES = recipes.RECIPES | {f.__name__:f for f in OTHERS}
 STUDIES = studies.STUDIES | {'taught':taught}
 AnyRecipe = TypeVar('AnyRecipe', bound=Recipe)   # each kind has fields of its own
