@@ -2,8 +2,10 @@
 PYTHON ?= python3
 # flags of the cells that `make test` runs on top of the unmarked ones
 FLAGS ?= slow
-# the official archive, for cells marked realdata; absolute, because notebooks run inside nbs/
-override TINY_IMAGENET := $(abspath $(or $(TINY_IMAGENET),$(wildcard ../shared/data/tiny-imagenet-200.zip)))
+# the official archive, for cells marked realdata; absolute, because notebooks run inside nbs/, and not by
+# $(abspath), which takes a path with a space for two
+ARCHIVE := $(patsubst ~/%,$(HOME)/%,$(or $(TINY_IMAGENET),$(wildcard ../shared/data/tiny-imagenet-200.zip)))
+override TINY_IMAGENET := $(if $(filter /%,$(firstword $(ARCHIVE))),,$(if $(ARCHIVE),$(CURDIR)/))$(ARCHIVE)
 ifneq ($(TINY_IMAGENET),)
 export TINY_IMAGENET
 endif
@@ -13,7 +15,8 @@ BIN := .venv/bin
 # how often `make torture` kills in each place
 KILLS ?= 9
 
-.PHONY: help demo test test-realdata test-cuda browser colab docs torture lab export execute readme stamp clean
+.PHONY: help demo test test-realdata test-cuda cuda-counts gpu browser colab docs torture lab export execute readme \
+        stamp clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,7 +28,7 @@ $(ENV): settings.ini setup.py
 	@$(BIN)/pip install --disable-pip-version-check -e '.[dev]' >.venv/pip.log 2>&1 || { tail -n 15 .venv/pip.log; exit 1; }
 	@touch $@
 
-demo: $(ENV) ## train a small ViT on a synthetic twin of the dataset; results in results/demo/
+demo: $(ENV) ## train a small ViT on a synthetic dataset; results in results/demo/
 	@rm -rf results/demo
 	@$(BIN)/vit_train demo --min_top1 0.25
 
@@ -39,10 +42,17 @@ test-realdata: $(ENV) ## the cells on the real archive: TINY_IMAGENET=path/to/ti
 test-cuda: $(ENV) ## the cells that need a GPU
 	@$(BIN)/python .ci/check.py --flags cuda
 
-browser: $(ENV) ## what a user does, in a real browser (needs Chromium): vit_demo, JupyterLab, a run stopped halfway
-	@$(BIN)/python .ci/browser.py
+gpu: $(ENV) ## on a machine with a GPU: every check, then speed; results in runs/gpu
+	@failed=0; $(BIN)/python .ci/gpu.py smoke --seconds 600 --limit 300 --out runs/gpu || failed=1; \
+	$(BIN)/python .ci/gpu.py speed --seconds 600 --out runs/gpu && exit $$failed
 
-colab: $(ENV) ## the first cell, imports and the demo run with Colab's versions of torch, numpy and IPython
+cuda-counts: $(ENV) ## count kernels and waits a step on a CUDA device that is not there; WRITE=1 writes the table
+	@OMP_NUM_THREADS=1 $(BIN)/python .ci/cuda_counts.py $(if $(WRITE),--write)
+
+browser: $(ENV) ## what a user does, in a real browser (needs Chromium): vit_demo, a run stopped, Run all: NB='2_models/02_vit'
+	@$(BIN)/python .ci/browser.py $(if $(NB),--notebooks $(NB))
+
+colab: $(ENV) ## Run all in every notebook with Colab's versions of torch, numpy and IPython, nothing set
 	@$(BIN)/python .ci/colab.py
 
 docs: $(ENV) ## the site, in _proc/_docs: needs Quarto (https://quarto.org)
@@ -60,7 +70,7 @@ lab: $(ENV) ## open JupyterLab on the notebooks
 export: $(ENV) ## write vit_tinyimagenet/ from the notebooks
 	@$(BIN)/nbdev_export
 
-execute: $(ENV) ## run notebooks and keep their outputs: NB='03_vit 04_optim', and FLAGS= for marked cells
+execute: $(ENV) ## run notebooks and keep their outputs: NB='2_models/02_vit 3_training/01_optim', and FLAGS= for marked cells
 	@$(BIN)/python .ci/execute.py $(NB) --flags $(FLAGS)
 
 readme: $(ENV) ## write README.md and its figures from nbs/index.ipynb

@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+EXTRAS = 'dev', 'notebooks', 'bench', 'demo', 'hub', 'quantize', 'export'
 parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
@@ -17,7 +18,7 @@ setup(
     package_data={cfg['lib_name']: ['weights/*.safetensors', 'weights/forms/*']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'bench', 'demo', 'hub', 'quantize', 'export')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in EXTRAS},
     entry_points={'console_scripts': cfg['console_scripts'].split('\n')},
     classifiers=['Programming Language :: Python :: 3'], zip_safe=False,
 )

@@ -1,7 +1,7 @@
-"""What a user does, in a real browser: the page of vit_demo, notebooks in JupyterLab, a training run stopped halfway.
+"""What a user does, in a real browser: the page of vit_demo, a training run stopped halfway, Run all in every notebook.
 
-`make browser`; needs Chromium. `--shots DIR` says where screenshots go. Chapters with cells that want the archive, or a
-GPU, are run where these are.
+`make browser`; needs Chromium. `--shots DIR` says where screenshots go. Run all is tried with nothing set: no archive, no
+network, nothing downloaded before; then, where TINY_IMAGENET is set, with the archive in some notebooks that show it.
 """
 import argparse
 import contextlib
@@ -17,17 +17,16 @@ import urllib.request
 from pathlib import Path
 
 import nbformat
-import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from cells import NBS, ROOT, Notebook
-from vit_tinyimagenet.checkpoint import predict
-from vit_tinyimagenet.data import open_data
-from vit_tinyimagenet.twin import make_twin
+from cells import ROOT, notebooks
+from vit_tinyimagenet.data.pack import open_data
+from vit_tinyimagenet.data.synthetic import make_synthetic
+from vit_tinyimagenet.deploy.predict import predict
 
-CHAPTERS = '00_core 02_augment 05_metrics 10_evaluate 11_explain 20_original 24_ladder'.split()
-TRY = ["from vit_tinyimagenet.recipes import demo, train", "run = train(demo(), 'runs')",
+WITH_ARCHIVE = '5_evaluation/01_predictions 5_evaluation/02_explain 9_results/06_leaderboard'.split()
+TRY = ["import vit_tinyimagenet as vt", "run = vt.train(vt.recipes.demo(), 'runs')",
        "print('finished', run.finished, len(run.log))"]
 
 
@@ -42,13 +41,15 @@ def free_port():
 
 
 @contextlib.contextmanager
-def server(command, url, log, cwd, env, seconds=90):
+def server(command, url, log, cwd, env, seconds=300):
     "A process that serves a page, up to the end of the context."
     with open(log, 'w', encoding='utf-8') as f:
         p = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT)
         try:
             wait(lambda: answers(url) or p.poll() is not None, f'{url} does not answer; see {log}', seconds)
-            if p.poll() is not None: sys.exit(f'browser: {command[:3]} ended: {log.read_text()[-1500:]}')
+            if p.poll() is not None:
+                said = log.read_text(encoding='utf-8', errors='replace')
+                sys.exit(f'browser: {command[:3]} ended: {said[-1500:]}')
             yield
         finally:
             p.terminate()
@@ -76,7 +77,7 @@ def try_page(browser, archive, work, shots, env):
     command = [str(vit_demo), '--port', str(port), '--data', archive]
     valid = open_data(archive).valid
     Image.fromarray(valid.images[0].permute(1, 2, 0).numpy()).save(work/'photo.png')
-    (work/'note.png').write_text('not an image')
+    (work/'note.png').write_text('not an image', encoding='utf-8')
     with server(command, url, work/'demo.log', work, env):
         page = browser.new_page(viewport=dict(width=1100, height=1150))
         page.goto(url)
@@ -110,7 +111,7 @@ class Lab:
         ready = '''p => { const w = window.jupyterapp.shell.currentWidget;
             return w && w.context && w.context.path === p && w.context.isReady && w.sessionContext.isReady
                 && w.sessionContext.session && w.sessionContext.session.kernel; }'''
-        self.page.wait_for_function(ready, arg=path, timeout=90_000)
+        self.page.wait_for_function(ready, arg=path, timeout=300_000)
 
     def cells(self):
         return self.page.evaluate('() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells')
@@ -130,20 +131,26 @@ class Lab:
             window.jupyterapp.commands.execute('notebook:run-cell'); }''', index)
 
 
-def try_chapters(lab, chapters, shots):
-    "Run all cells of some chapters in a real kernel."
-    for name in chapters:
+def try_notebooks(lab, names, shots):
+    "Run all cells of some notebooks in a real kernel; what is left out is said in one line."
+    for name in names:
         start = time.monotonic()
         lab.open(f'{name}.ipynb')
         lab.command('notebook:clear-all-cell-outputs')
         lab.command('notebook:run-all-cells')
         code = lambda: [c for c in lab.cells() if c['cell_type'] == 'code' and c['source']]
         done = lambda: lab.errors() or all(c['execution_count'] for c in code())
-        wait(done, f'{name}.ipynb does not come to its end', 300)
+        wait(done, f'{name}.ipynb does not come to its end', 1800)
         if said := lab.errors(): sys.exit(f'browser: {name}.ipynb: {said[0]}')
-        print(f'{name}: {len(code())} cells, no error, {time.monotonic() - start:.0f} s', flush=True)
-        lab.page.screenshot(path=str(shots/f'lab_{name}.png'))
+        first, *later = [''.join(o.get('text', '') for o in c['outputs']) for c in code()]
+        left_out, lines = sum(map(is_left_out, later)), first.count('are left out: ')
+        if lines != (left_out > 0): sys.exit(f'browser: {name}.ipynb: {left_out} cells left out, told in {lines} lines')
+        print(f'{name}: {len(code())} cells, {left_out} left out, no error, {time.monotonic() - start:.0f} s', flush=True)
+        lab.page.screenshot(path=str(shots/f"lab_{name.replace('/', '_')}.png"))
         lab.close()
+
+
+def is_left_out(text): return text == 'left out\n'
 
 
 def try_training(lab, folder, shots):
@@ -172,41 +179,56 @@ def try_training(lab, folder, shots):
     if not said.startswith('finished False') or lab.errors(): sys.exit(f'browser: stopped: {said} {lab.errors()}')
     if not (folder/'runs'/'demo'/'checkpoint.pt').exists(): sys.exit('browser: no checkpoint after the stop')
     print(f'training: bar and curve move; stopped ({said.strip()}), checkpoint saved, kernel of use', flush=True)
+    lab.close()
+
+
+def nothing_set(env, work):
+    "The variables of somebody who has just installed the package, on a machine without a network."
+    nowhere = dict.fromkeys(['http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'], 'http://127.0.0.1:9')
+    local = dict(no_proxy='127.0.0.1,localhost', HOME=str(work/'user'), VIT_TINYIMAGENET_HOME=str(work/'nothing'))
+    (work/'user').mkdir()
+    return {**{k: v for k, v in env.items() if k != 'TINY_IMAGENET'}, **nowhere, **local}
+
+
+@contextlib.contextmanager
+def laboratory(browser, folder, work, env):
+    "JupyterLab on a folder of notebooks, open in the browser."
+    port, token = free_port(), secrets.token_hex()
+    url = f'http://127.0.0.1:{port}/lab?token={token}'
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port', str(port),
+               '--expose-app-in-browser', f'--IdentityProvider.token={token}']
+    with server(command, url, work/'lab.log', folder, env):
+        page = browser.new_page(viewport=dict(width=1300, height=1000))
+        page.goto(url)
+        page.wait_for_function('() => window.jupyterapp && window.jupyterapp.started', timeout=300_000)
+        yield Lab(page)
+        page.close()
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--shots', type=Path, default=ROOT/'runs'/'browser')
-    p.add_argument('--chapters', nargs='*', default=CHAPTERS)
+    p.add_argument('--notebooks', nargs='*', default=[o.stem for o in notebooks()])
     args = p.parse_args()
     if not (path := browser_path()): sys.exit('browser: no Chromium here; install it')
-    there = dict(realdata='TINY_IMAGENET' in os.environ, cuda=torch.cuda.is_available())
-    lacks = {flag for flag in there if not there[flag]}
-    left_out = [n for n in args.chapters if any(lacks & set(c.flags) for c in Notebook(NBS/f'{n}.ipynb').code)]
-    if left_out: print(f"left out, for want of {' and '.join(sorted(lacks))}: {', '.join(left_out)}", flush=True)
     args.shots.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as d, sync_playwright() as play:
-        work, folder, port = Path(d), Path(d)/'repository'/'nbs', free_port()
+        work, folder = Path(d), Path(d)/'repository'/'nbs'
         shutil.copytree(ROOT, work/'repository', ignore=shutil.ignore_patterns('.git', '.venv', 'runs', 'build'))
-        archive = os.environ.get('TINY_IMAGENET') or str(make_twin(work/'twin.zip'))
+        archive = os.environ.get('TINY_IMAGENET') or str(make_synthetic(work/'twin.zip'))
         browser = play.chromium.launch(executable_path=path, args=['--no-sandbox'])
         state = {f'JUPYTER{k}': str(work/k.lower()) for k in ('LAB_SETTINGS_DIR', 'LAB_WORKSPACES_DIR', '_CONFIG_DIR')}
         env = {**os.environ, **state, 'PYTHONPATH': str(work/'repository'), 'VIT_TINYIMAGENET_HOME': str(work/'home')}
         try_page(browser, archive, work, args.shots, env)
         quiet = work/'lab_settings_dir'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
         quiet.parent.mkdir(parents=True)
-        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-        token = secrets.token_hex()
-        url = f'http://127.0.0.1:{port}/lab?token={token}'
-        command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port', str(port),
-                   '--expose-app-in-browser', f'--IdentityProvider.token={token}']
-        with server(command, url, work/'lab.log', folder, env):
-            page = browser.new_page(viewport=dict(width=1300, height=1000))
-            page.goto(url)
-            page.wait_for_function('() => window.jupyterapp && window.jupyterapp.started', timeout=90_000)
-            lab = Lab(page)
+        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}', encoding='utf-8')
+        with laboratory(browser, folder, work, nothing_set(env, work)) as lab:
             try_training(lab, folder, args.shots)
-            try_chapters(lab, [c for c in args.chapters if c not in left_out], args.shots)
+            try_notebooks(lab, args.notebooks, args.shots)
+        if 'TINY_IMAGENET' in os.environ:
+            with laboratory(browser, folder, work, env) as lab:
+                try_notebooks(lab, [n for n in WITH_ARCHIVE if n in args.notebooks], args.shots)
         browser.close()
 
 

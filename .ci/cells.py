@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 cfg = get_config(path=ROOT)
 NBS = ROOT/cfg.nbs_path.relative_to(ROOT)
 TST_FLAGS = cfg.tst_flags.split()
+# where the notebooks at the root stand between the parts; those above 8_bench are articles
+AT_ROOT = {'recipes': (6.5, 1), 'studies': (6.5, 2), 'cli': (8.5, 1), 'api': (8.5, 2), 'own_images': (8.5, 3),
+           '00_quickstart': (9.5, 1), 'index': (9.5, 2)}
 EXPORTS = {'export', 'exporti', 'exports'}
 
 
@@ -48,27 +51,36 @@ class Cell:
 class Notebook:
     "A notebook file; cells are numbered from 1, as in nbdev_test's messages."
     def __init__(self, path):
-        self.path, self.name = path, path.name
+        self.path, self.name = path, path.relative_to(NBS).as_posix()
         try: self.raw = json.loads(path.read_text(encoding='utf-8'))
-        except ValueError as e: raise ValueError(f'{path.name}: not a notebook: {e}') from None
+        except ValueError as e: raise ValueError(f'{self.name}: not a notebook: {e}') from None
         self.cells = [Cell(i, o) for i, o in enumerate(self.raw['cells'], 1)]
 
     @property
     def code(self): return [o for o in self.cells if o.is_code]
 
     @property
-    def number(self):
-        "The rank in the one-way order of imports: '01' < '01a' < '02' < '~' for index; None for any other name."
-        if self.name == 'index.ipynb': return '~'
-        found = re.match(r'(\d\d[a-z]?)_\w+\.ipynb$', self.name)
-        return found[1] if found else None
+    def stem(self): return self.name.removesuffix('.ipynb')
+
+    @property
+    def part(self): return self.name.rpartition('/')[0]
+
+    @property
+    def rank(self):
+        "The place in the one-way order of imports: parts, chapters within a part."
+        if self.stem in AT_ROOT: return AT_ROOT[self.stem]
+        found = re.match(r'(\d)_[a-z]+/(\d\d)_\w+\.ipynb$', self.name)
+        return (int(found[1]), int(found[2])) if found else None
 
     @property
     def default_exp(self): return next((o.directives['default_exp'][0] for o in self.code
                                         if o.directives.get('default_exp')), None)
 
 
-def notebooks(): return [Notebook(o) for o in sorted(NBS.glob('*.ipynb'))]
+def notebooks():
+    "All of them, in the order of imports."
+    visible = (o for o in NBS.rglob('*.ipynb') if not any(p[0] in '_.' for p in o.relative_to(NBS).parts))
+    return sorted(map(Notebook, visible), key=lambda nb: (nb.rank or (0, 0), nb.name))
 
 
 def as_text(raw):

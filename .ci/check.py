@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from shutil import copytree, ignore_patterns, rmtree
 from tempfile import TemporaryDirectory
@@ -56,7 +58,9 @@ def run_here(path, flags):
 def run_in_child(nb, flags):
     "One notebook in a process of its own, so that its memory is given back; the child's answer and its traceback."
     command = [sys.executable, __file__, '--child', str(nb.path), '--flags', *flags]
-    try: p = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S)
+    # OpenMP's threads that wait are not to spin: the cores belong to other notebooks too
+    how = dict(env={**os.environ, 'OMP_WAIT_POLICY': 'PASSIVE'}, capture_output=True, encoding='utf-8')
+    try: p = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, **how)
     except subprocess.TimeoutExpired: return dict(passed=False, wall_s=TIMEOUT_S, ran=[]), 'out of time'
     try: return json.loads(p.stdout.splitlines()[-1]), p.stderr
     except (IndexError, ValueError):
@@ -80,11 +84,10 @@ def is_asserting(cell):
     return any(isinstance(o, ast.Assert) for o in cell.nodes) or any(map(expects.fullmatch, names))
 
 
-def run_all(nbs, flags, report):
-    "Run the notebooks one after another; returns the cells that ran and the flags that held others back."
+def run_all(nbs, flags, report, pool):
+    "Run the notebooks in `pool`; returns the cells that ran and the flags that held others back."
     ran, skipped = [], []
-    for nb in nbs:
-        answer, errors = run_in_child(nb, flags)
+    for nb, (answer, errors) in zip(nbs, pool.map(run_in_child, nbs, repeat(flags))):
         cells = [o for o in nb.code if o.id in answer['ran']]
         ran += cells
         skipped += [f for o in nb.code for f in o.flags if f not in flags]
@@ -107,12 +110,12 @@ def in_a_copy(command):
         env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}   # nbdev_export does nothing under a test
         code = f'from nbdev.doclinks import *; from nbdev.clean import *; {command}()'
         p = subprocess.run([sys.executable, '-c', code], cwd=copy, env=env, stdin=subprocess.DEVNULL,
-                           capture_output=True, text=True)
-        return texts(copy/NBS.name, '*.ipynb'), texts(copy/LIB, '**/*.py'), p.stderr[-300:] if p.returncode else ''
+                           capture_output=True, encoding='utf-8')
+        return texts(copy/NBS.name, '**/*.ipynb'), texts(copy/LIB, '**/*.py'), p.stderr[-300:] if p.returncode else ''
 
 
 def texts(folder, pattern):
-    return {str(o.relative_to(folder)): o.read_text(encoding='utf-8') for o in folder.glob(pattern)}
+    return {o.relative_to(folder).as_posix(): o.read_text(encoding='utf-8') for o in folder.glob(pattern)}
 
 
 def export_in_step():
@@ -139,7 +142,7 @@ def readme_in_step():
 
 def readme_tells_results():
     "Every row of README's table that bears a run's name says what that run's folder says now."
-    from vit_tinyimagenet.record import Run, markdown_table, results_table
+    from vit_tinyimagenet.runs.record import Run, markdown_table, results_table
     rows = (ROOT/'README.md').read_text(encoding='utf-8').splitlines()
     for run in (Run(o.parent) for o in (ROOT/'results').glob('*/summary.json')):
         fresh = markdown_table(results_table([run])).splitlines()[-1]
@@ -155,35 +158,68 @@ def badges_in_step(nbs):
 
 # --- the rules of the house ---
 
-def imported(cell):
-    "The package's modules that `cell` imports, in any of the ways to write it."
+def imported(cell, modules):
+    "Those of the package's `modules` that `cell` imports, in any of the ways to write it; as written where it is none."
     for node in cell.nodes:
         if isinstance(node, ast.Import): names = [o.name for o in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == LIB: names = [f'{LIB}.{o.name}' for o in node.names]
-        elif isinstance(node, ast.ImportFrom): names = ['.' * node.level + (node.module or '')]
-        else: continue
-        yield from (o.split('.')[1] for o in names if o.startswith(f'{LIB}.'))
+        elif not isinstance(node, ast.ImportFrom): continue
+        elif (node.module or '').removeprefix(f'{LIB}.') in modules: names = [node.module]
+        else: names = [f'{node.module}.{o.name}' for o in node.names]
+        yield from (o.removeprefix(f'{LIB}.') for o in names if o.startswith(f'{LIB}.'))
 
 
 def imports_point_down(nbs):
-    number_of = {nb.default_exp: nb.number for nb in nbs if nb.default_exp and nb.number is not None}
-    for nb, cell, module in ((nb, c, m) for nb in nbs for c in nb.code for m in imported(c)):
-        if module not in number_of: yield at(nb, cell, f'imports {module}, which no notebook exports')
-        elif number_of[module] >= (nb.number or ''):
-            yield at(nb, cell, f'imports {module}, which is not from a lower number; move the code or renumber')
+    rank_of = {nb.default_exp: nb.rank for nb in nbs if nb.default_exp and nb.rank}
+    code = ((nb, c) for nb in nbs for c in nb.code if c.id != CELL_ID)
+    for nb, cell, module in ((nb, c, m) for nb, c in code for m in imported(c, rank_of)):
+        if module not in rank_of: yield at(nb, cell, f'imports {module}, which no notebook exports')
+        elif rank_of[module] >= (nb.rank or (0, 0)):
+            yield at(nb, cell, f'imports {module}, which is no lower part or chapter; move the code or renumber')
 
 
 def names_known():
     "Every name is defined and every import used: what a hidden cell imports, the exported module does not have."
     command = [sys.executable, '-m', 'pyflakes', LIB, '.ci']
-    p = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    p = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8')
     yield from p.stdout.splitlines()
     if p.stderr: yield f'pyflakes fails: {p.stderr.strip()[-300:]}'
 
 
+def without_encoding(node):
+    "Whether a call reads or writes text in an encoding that it does not say, so that the machine's decides."
+    if not isinstance(node, ast.Call): return False
+    given, is_method = {o.arg: o.value for o in node.keywords}, isinstance(node.func, ast.Attribute)
+    if {'encoding', None} & given.keys(): return False
+    name = node.func.attr if is_method else getattr(node.func, 'id', '')
+    if name in ('read_text', 'write_text'): return is_method
+    if name in ('run', 'Popen', 'check_output'): return 'text' in given
+    if name not in ('open', 'fdopen') or ast.unparse(node.func) == 'os.open': return False
+    of_path = is_method and ast.unparse(node.func.value) not in ('os', 'io')
+    mode = given.get('mode') or next(iter(node.args[0 if of_path else 1:]), ast.Constant('r'))
+    said = ''.join(str(o.value) for o in ast.walk(mode) if isinstance(o, ast.Constant))
+    return bool(re.fullmatch('[rwaxt+]+', said))
+
+
+def text_says_its_encoding(nbs):
+    "Text is UTF-8 on every machine: what opens a file or another program as text says so."
+    fix = "add encoding='utf-8' (to a subprocess in the place of text=True)"
+    for nb, cell, node in ((nb, c, n) for nb in nbs for c in nb.code for n in c.nodes):
+        if without_encoding(node): yield at(nb, cell, f'{ast.unparse(node)[:60]}: {fix}')
+    for path in (*(ROOT/'.ci').glob('*.py'), ROOT/'setup.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if without_encoding(node): yield f'{path.name}, line {node.lineno}: {fix}'
+
+
+def imports_alone(cell):
+    "Is a cell nothing but imports?"
+    top = ast.parse(cell.source).body if cell.nodes and '%' not in cell.source else []
+    return bool(top) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in top)
+
+
 def cells_small(nbs):
     for nb, cell in ((nb, c) for nb in nbs for c in nb.code if c.id != CELL_ID):
-        most = MAX_EXPORTED if cell.is_exported else MAX_HIDDEN if 'hide' in cell.directives else MAX_PLAIN
+        long = cell.is_exported or imports_alone(cell)
+        most = MAX_EXPORTED if long else MAX_HIDDEN if 'hide' in cell.directives else MAX_PLAIN
         n, width = len(cell.code_lines), max(map(len, cell.source.splitlines()), default=0)
         if n > most: yield at(nb, cell, f'{n} lines, at most {most}; split it')
         if width > MAX_WIDTH: yield at(nb, cell, f'a line of {width} characters, at most {MAX_WIDTH}; break it')
@@ -212,11 +248,12 @@ def notebooks_open_and_close(nbs):
     for nb in nbs:
         first, last = nb.cells[0], nb.cells[-1]
         lines = first.source.splitlines()
-        if not (first.kind == 'markdown' and lines[0].startswith('# ') and any(o.startswith('> ') for o in lines)):
-            yield f'{nb.name}, cell 1: open with a markdown cell of a title, `# ...`, and a promise, `> ...`'
+        promises = [o for o in lines if o.startswith('> ')]   # nbdev takes one line for the module's docstring
+        if not (first.kind == 'markdown' and lines[0].startswith('# ') and len(promises) == 1):
+            yield f'{nb.name}, cell 1: open with a markdown cell of a title, `# ...`, and one line of promise, `> ...`'
         if nb.default_exp and not ('hide' in last.directives and 'nbdev_export()' in last.source):
             yield f'{nb.name}, cell {last.number}: close with `#| hide` and `import nbdev; nbdev.nbdev_export()`'
-        if nb.number is None: yield f'{nb.name}: neither NN_name.ipynb, NNa_name.ipynb nor index.ipynb; rename it'
+        if nb.rank is None: yield f'{nb.name}: neither N_part/NN_name.ipynb nor of those at the root (.ci/cells.py)'
 
 
 # --- what a user installs ---
@@ -225,13 +262,13 @@ def notebooks_open_and_close(nbs):
 USE_IT = """
 import sys
 sys.modules.update(dict.fromkeys(['nbdev', 'fastcore', 'execnb']))
-import torch, {lib}
+import torch, {lib} as vt
 from pathlib import Path
-from {lib}.checkpoint import load_pretrained, shipped
-assert Path({lib}.__file__).is_relative_to(sys.argv[1]), {lib}.__file__
-assert shipped(), 'no weights in the wheel'
-for name in shipped():
-    model = load_pretrained(name)
+from {lib}.models.pretrained import list_pretrained
+assert Path(vt.__file__).is_relative_to(sys.argv[1]), vt.__file__
+assert list_pretrained(), 'no weights in the wheel'
+for name in list_pretrained():
+    model = vt.load_pretrained(name)
     known, side = len(model.meta['wnids']), model.cfg.img_size
     assert known == model.cfg.num_classes, name   # none of an encoder, which gives its features
     assert model(torch.zeros(1, 3, side, side)).shape == (1, known or model.cfg.embed_dim), name
@@ -248,9 +285,22 @@ def wheel_complete():
                  [sys.executable, '-c', USE_IT.format(lib=LIB), f'{d}/site']]
         for o in steps:
             p = subprocess.run(o, cwd=d, env={**os.environ, 'PYTHONPATH': f'{d}/site'}, stdin=subprocess.DEVNULL,
-                               capture_output=True, text=True)
+                               capture_output=True, encoding='utf-8')
             if p.returncode: return [f'{" ".join(o[1:6])}: {p.stderr.strip()[-300:]}; see setup.py and settings.ini']
     return []
+
+
+# --- the path on a GPU, without one ---
+
+def cuda_path():
+    "What a step asks of a CUDA device that is not there is what the table says, and all else works on it."
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '.ci/cuda_counts.py']
+    p = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8',
+                       timeout=TIMEOUT_S)
+    found = [o.removeprefix('FAIL ') for o in p.stdout.splitlines() if o.startswith('FAIL ')]
+    yield from found
+    if p.returncode and not found: yield f'cuda_counts.py fails: {p.stderr.strip()[-300:]}'
 
 
 # --- guards: nothing passes by not running ---
@@ -258,9 +308,10 @@ def wheel_complete():
 def there_are_notebooks(nbs):
     if not nbs: yield f'{NBS.name}/: there is not one notebook'
     for o in NBS.rglob('*'):
+        hidden = any(p[0] in '_.' for p in o.relative_to(NBS).parts)
         if o.name == '.notest': yield f'{o.relative_to(ROOT)}: keeps its folder from being tested; delete it'
-        elif o.suffix == '.ipynb' and '.ipynb_checkpoints' not in o.parts and (o.parent != NBS or o.name[0] in '_.'):
-            yield f'{o.relative_to(ROOT)}: nbdev_test passes it by; move it to {NBS.name}/NN_name.ipynb'
+        elif o.suffix == '.ipynb' and hidden and '.ipynb_checkpoints' not in o.parts:
+            yield f'{o.relative_to(ROOT)}: nbdev_test passes it by; move it to {NBS.name}/N_part/NN_name.ipynb'
 
 
 def nothing_unrun(nbs):
@@ -318,6 +369,7 @@ def check_files(nbs, flags, report):
     report('flags are run', flags_are_run(flags))
     report('imports point down', imports_point_down(nbs))
     report('names are known', names_known())
+    report('text says its encoding', text_says_its_encoding(nbs))
     report('cells are small', cells_small(nbs))
     report('outputs are fit to publish', outputs_fit_to_publish(nbs))
     report('notebooks open and close', notebooks_open_and_close(nbs))
@@ -346,9 +398,16 @@ def main():
     try: nbs = notebooks()
     except ValueError as e: nbs = report('notebooks can be read', [f'{e}; restore it from git']) or []
     check_files(nbs, args.flags, report)
-    to_run = [] if args.no_run else nbs
-    if not args.no_run: report('the wheel is complete', wheel_complete())
-    ran, skipped = run_all(to_run, args.flags, report)
+    ran, skipped = [], []
+    # the longest first, or all would wait for it at the end
+    to_run = [] if args.no_run else sorted(nbs, key=lambda nb: nb.stem != '00_quickstart')
+    if to_run:
+        report('the wheel is complete', wheel_complete())
+        # one on each core; a GPU is for one at a time
+        with ThreadPoolExecutor(1 if 'cuda' in args.flags else min(4, os.cpu_count())) as pool:
+            counted = pool.submit(list, cuda_path())
+            ran, skipped = run_all(to_run, args.flags, report, pool)
+            report('the path on CUDA is as counted', counted.result())
     summary(ran, skipped, len(to_run))
     print(f'flags: {" ".join(args.flags) or "none"}; {time.time()-start:.0f} s')
     print(f'{report.passed} passed, {report.failed} failed')

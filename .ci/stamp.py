@@ -1,10 +1,14 @@
 "Write each notebook's Colab badge and its first code cell, for the owner, repository and branch of settings.ini."
 import re
 
-from cells import NBS, as_text, cfg, notebooks
+from cells import NBS, TST_FLAGS, as_text, cfg, notebooks
 
 COLAB = 'https://colab.research.google.com'
 CELL_ID = 'colab'
+GATE = f'''
+# Cells marked realdata or cuda are left out where this machine has no archive, or no GPU.
+from {cfg.lib_path.name}.data.notebooks import gate_cells
+gate_cells({{flags}})'''
 
 
 def badge(name):
@@ -13,16 +17,17 @@ def badge(name):
     return f'[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({page})'
 
 
-def colab_cell():
-    "A cell that does nothing outside Colab; run a second time there, it finds the clone and goes back to it."
+def first_cell(nb, flags):
+    "In Colab it fetches the package, or finds it when run again; then it sees to the cells with `flags`."
     source = f'''#| hide
 # In Colab: fetch the repository and install the package. Elsewhere this does nothing.
 import sys
 if 'google.colab' in sys.modules:
     %cd -q /content
     ![ -d {cfg.repo} ] || git clone -q --depth 1 -b {cfg.branch} https://github.com/{cfg.user}/{cfg.repo}
-    %cd -q {cfg.repo}/{NBS.name}
-    %pip install -q ..'''
+    %cd -q {cfg.repo}/{NBS.name}{nb.part and '/'}{nb.part}
+    %pip install -q "{'../' if nb.part else ''}..[notebooks]"'''
+    if flags: source += GATE.format(flags=', '.join(map(repr, flags)))
     return dict(cell_type='code', execution_count=None, id=CELL_ID, metadata={}, outputs=[],
                 source=source.splitlines(keepends=True))
 
@@ -38,8 +43,9 @@ def stamped(nb):
     "The JSON of `nb` with badge and Colab cell in place; a notebook that does not open with a title is left alone."
     first, *rest = nb.cells
     if first.kind != 'markdown' or not first.source.startswith('# '): return nb.raw
+    flags = [f for f in TST_FLAGS if f != 'slow' and any(f in o.flags for o in nb.code)]   # slow ones run anywhere
     title = {**first.raw, 'source': with_badge(first.source, badge(nb.name)).splitlines(keepends=True)}
-    return {**nb.raw, 'cells': [title, colab_cell(), *(o.raw for o in rest if o.id != CELL_ID)]}
+    return {**nb.raw, 'cells': [title, first_cell(nb, flags), *(o.raw for o in rest if o.id != CELL_ID)]}
 
 
 if __name__ == '__main__':

@@ -22,13 +22,15 @@ from statistics import median
 import torch
 
 from cells import ROOT
-from vit_tinyimagenet import data, loop, recipes, sources
 from vit_tinyimagenet.cli import train_main
-from vit_tinyimagenet.record import provenance, run_differences, write_json
-from vit_tinyimagenet.twin import make_twin
+from vit_tinyimagenet.data import layout, pack as data
+from vit_tinyimagenet.data.synthetic import make_synthetic
+from vit_tinyimagenet.runs import recipe, runner
+from vit_tinyimagenet.runs.record import provenance, run_differences, write_json
+from vit_tinyimagenet.training import loop
 
-PLACES = dict(step=(loop, 'train_step'), checkpoint=(recipes, 'save_checkpoint'), evaluation=(recipes, 'predict_split'),
-              record=(recipes, 'finish_record'), pack=(data, '_fill'), fix_val=(sources, 'fix_val'))
+PLACES = dict(step=(loop, 'train_step'), checkpoint=(runner, 'save_checkpoint'), evaluation=(recipe, 'predict_split'),
+              record=(runner, 'finish_record'), pack=(data, '_fill'), fix_val=(layout, 'fix_val'))
 OPTIONS = '''--classes 4 --train.epochs 8 --train.batch-size 64 --train.watch minival --train.checkpoint-minutes 1e-6
     --vit.drop-rate .1 --vit.drop-path-rate .1 --augment.degrees 15'''.split()   # all that could go astray
 STEPS = 8   # at most so many are let pass before a kill
@@ -48,7 +50,7 @@ def watched(fifo, what, *argv):
     for place, (module, name) in PLACES.items(): setattr(module, name, tell(getattr(module, name), place))
     if what == 'train': train_main([*argv])
     if what == 'pack': data.open_data(argv[0], Path(argv[1]))
-    if what == 'fix_val': sources.fix_val(argv[0])
+    if what == 'fix_val': layout.fix_val(argv[0])
 
 
 # --- the side that kills ---
@@ -84,7 +86,7 @@ class Fall:
         return True
 
 
-def sitting(command, log, pipe, fall=None, meanwhile=None):
+def session(command, log, pipe, fall=None, meanwhile=None):
     "One start of a command: how it ended, where it was killed, how long it took to be down, how long each place took."
     open_, took, killed = {}, {}, None
     with open(log, 'a', encoding='utf-8') as f:
@@ -99,7 +101,7 @@ def sitting(command, log, pipe, fall=None, meanwhile=None):
             if fall and killed is None and fall.falls(): killed = time.monotonic()
             if meanwhile: meanwhile()
             time.sleep(.0005)
-    pipe.lines()   # the rest belongs to this sitting
+    pipe.lines()   # the rest belongs to this session
     inside = open_.get(fall.pid) if fall else None
     said = log.read_text(encoding='utf-8')[began:]
     return dict(code=p.returncode, killed_in=inside[-1][0] if inside else 'between', said=said, took=took,
@@ -112,7 +114,7 @@ def ended(out):
 
 
 def gone_on(said):
-    "After which step a sitting went on; 0 where it began anew."
+    "After which step a session resumed; 0 where it began anew."
     return max([int(o) for o in re.findall(r'after step (\d+)', said)], default=0)
 
 
@@ -126,7 +128,7 @@ class Torture:
         self.two = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
 
     def sit(self, name, command, fall=None, meanwhile=None):
-        return sitting(command, self.work/f'{name}.log', self.pipe, fall, meanwhile)
+        return session(command, self.work/f'{name}.log', self.pipe, fall, meanwhile)
 
     def note(self, case, fall, out, **more):
         hit = out['code'] == -signal.SIGKILL or 'exitcode: -9)' in out['said']   # as torchrun says of its processes
@@ -268,7 +270,7 @@ def main():
     args, here, start = p.parse_args(), provenance(torch.device('cpu')), time.monotonic()
     if args.work.exists(): sys.exit(f'{args.work} exists: remove it to begin anew')
     args.work.mkdir(parents=True)
-    archive = args.data or os.environ.get('TINY_IMAGENET') or str(make_twin(args.work/'twin.zip'))
+    archive = args.data or os.environ.get('TINY_IMAGENET') or str(make_synthetic(args.work/'twin.zip'))
     pack = data.open_data(archive)
     t = Torture(args.work, archive, args.seed)
     cases = dict(training=t.training(args.kills), pack=t.packing(args.kills), fix_val=t.sorting(args.kills),
