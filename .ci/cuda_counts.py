@@ -47,6 +47,7 @@ from vit_tinyimagenet.recipes import RECIPES
 from vit_tinyimagenet.data import pack as data, synthetic as twin
 from vit_tinyimagenet.deploy import export, predict, quantize
 from vit_tinyimagenet.evaluation import explain, features as frozen, predictions as evaluate
+from vit_tinyimagenet.methods.distill import Distill
 from vit_tinyimagenet.models import pretrained
 from vit_tinyimagenet.runs import runner
 from vit_tinyimagenet.runs.ablation import Study, ablate
@@ -87,7 +88,7 @@ def variants():
     "What no recipe asks for, at once."
     vit = dict(global_pool='token', pos_embed='learn', bias=True, init_values=1e-5, drop_path_rate=.1,
                drop_rate=.1)
-    return changed('laptop', train=dict(accumulate=3, ema_decay_end=.99), vit=vit)
+    return changed('laptop', train=dict(accumulate=3, ema_decay_end=.99), model=vit)
 
 
 def three_augment():
@@ -95,7 +96,7 @@ def three_augment():
     return changed('laptop', augment=jitter)
 
 
-def taught_resnet(): return changed('resnet_laptop', teacher='resnet_laptop', train=dict(low_res_until=0.))
+def taught_resnet(): return changed('resnet_laptop', objective=Distill('resnet_laptop'), train=dict(low_res_until=0.))
 
 
 def layer_decay(): return changed('laptop', optim=dict(layer_decay=.8))
@@ -246,13 +247,13 @@ def fit(recipe, pack, **kwargs):
     state = runner.new_state(recipe, pack)
     watch = runner.make_evaluator(recipe, pack.train, pack.valid, pack.meta, state)
     loop.fit(state, *runner.loop_parts(recipe, pack, pack.train, state), watch, log=lambda row: None,
-             num_classes=recipe.vit.num_classes, **kwargs)
+             num_classes=recipe.model.num_classes, **kwargs)
     return state
 
 
 def tiny(name, **parts):
     "A recipe with one narrow block."
-    return changed(name, vit=dict(depth=1, embed_dim=48, num_heads=3), **parts)
+    return changed(name, model=dict(depth=1, embed_dim=48, num_heads=3), **parts)
 
 
 @whole('fit: a watched split, an early end, a checkpoint')
@@ -346,7 +347,7 @@ def goes_on_in_fp16(home, archive):
 def runs_others(home, archive):
     small = dict(depth=1, embed_dim=64, num_heads=2)
     for name, vit in (('mae_laptop', small), ('original_notebook', dict(small, num_classes=20))):
-        recipe = changed(name, vit=vit, data=str(archive))
+        recipe = changed(name, model=vit, data=str(archive))
         assert session(on_cuda(recipe, epochs=1, batch_size=50), home).finished, name
 
 
@@ -403,12 +404,13 @@ def asks_neighbours():
 def encoders_predict():
     pack = noise(60, 20)
     for name in ('dino_laptop', 'mae_laptop'):
-        recipe = on_cuda(changed(name, vit=dict(depth=1)))
+        recipe = on_cuda(changed(name, model=dict(depth=1)))
         with OnCuda():
             state = runner.new_state(recipe, pack)
             asked = runner.eval_loader(pack.valid, recipe, state)
-            assert recipe.predictions(state.averaged(), pack.train, asked, pack.meta, state).summary()
-            recipe.figures(state.averaged(), pack.valid, pack.meta)
+            rest = pack.train, asked, pack.meta, state
+            assert recipe.objective.predictions(recipe, state.averaged(), *rest).summary()
+            recipe.objective.figures(recipe, state.averaged(), pack.valid, pack.meta)
 
 
 @whole('eight bits')

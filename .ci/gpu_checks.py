@@ -33,6 +33,7 @@ from vit_tinyimagenet.data.synthetic import make_synthetic
 from vit_tinyimagenet.deploy.predict import predict
 from vit_tinyimagenet.evaluation import explain, features as frozen
 from vit_tinyimagenet.evaluation.predictions import evaluate
+from vit_tinyimagenet.methods.distill import Distill
 from vit_tinyimagenet.models.pretrained import load_pretrained, save_release
 from vit_tinyimagenet.models.vit import VisionTransformer, VitConfig
 from vit_tinyimagenet.runs import runner
@@ -70,20 +71,23 @@ def random_release(vit, work, name):
 
 def on_twin(recipe, work, **train):
     "A recipe on the synthetic data, with weights of random networks where it begins with some."
-    vit = replace(recipe.vit, num_classes=None) if recipe.uses_labels else recipe.vit
-    shapes = dict(init=recipe.vit, teacher=VitConfig(depth=2))
-    given = {k: random_release(shape, work, k) for k, shape in shapes.items() if getattr(recipe, k, None)}
+    goal, model = recipe.objective, recipe.model
+    if isinstance(goal, Distill): goal = replace(goal, teacher=random_release(VitConfig(depth=2), work, 'teacher'))
+    given = dict(init=random_release(model, work, 'init')) if recipe.init else {}
+    if goal.uses_labels: model = replace(model, num_classes=None)
     train = dict(budget_minutes=None, max_minutes=None) | train
     train = replace(recipe.train, compile='off', **train)   # compiling is a matter of checks of its own
-    return replace(recipe, data=str(twin(work)), vit=vit, train=train, **given)
+    return replace(recipe, data=str(twin(work)), model=model, objective=goal, train=train, **given)
 
 
 def shrunk(recipe):
     "The same kinds of layers, fewer of them, small batches, and no dropout: its numbers are a device's own."
     no_drop = dict(drop_rate=0., head_drop_rate=0., drop_path_rate=0.)
+    model, train = recipe.model, replace(recipe.train, batch_size=16)
     # where weights begin with zeros, the first losses say nothing
-    vit = replace(recipe.vit, depth=min(2, recipe.vit.depth), weight_init='torch', **no_drop)
-    return replace(recipe, vit=vit, train=replace(recipe.train, batch_size=16))
+    if isinstance(model, VitConfig):
+        model = replace(model, depth=min(2, model.depth), weight_init='torch', **no_drop)
+    return replace(recipe, model=model, train=train)
 
 
 class Steps:
@@ -192,7 +196,7 @@ def steps_of(name):
         recipe, pack = on_twin(cli.RECIPES[name](), work), open_twin(work)
         small = shrunk(recipe)
         if recipe.init:   # the weights have to fit the smaller network
-            small = replace(small, init=random_release(small.vit, work, 'small'))
+            small = replace(small, init=random_release(small.model, work, 'small'))
         yield from waits(small, pack, device)
         yield from agreement(small, pack, device)
         yield from as_it_is(recipe, pack, device)

@@ -59,7 +59,7 @@ def evaluate_it(recipe, folder, home, ended_by):
     state, sessions = runner.load_or_init_state(recipe, folder, data, None, same)
     train_on, _ = runner.train_valid_splits(recipe, data)
     job = report.Job(recipe, data, folder, state, sessions, same, train_on=train_on)
-    model = recipe.encoder(state.averaged())
+    model = recipe.objective.encoder(state.averaged())
     report.release(job)
     answers, eval_s = report.evaluate_valid(job)
     epochs = state.step/-(-len(train_on.labels)//recipe.train.batch_size)

@@ -33,8 +33,8 @@ def original_readme():
 def laptop(patch_drop=(), **vit):
     from vit_tinyimagenet.recipes import laptop
     base = laptop()
-    recipe = replace(base, vit=replace(base.vit, **vit), train=replace(base.train, patch_drop=patch_drop))
-    return recipe, 512, recipe.vit.num_patches
+    recipe = replace(base, model=replace(base.model, **vit), train=replace(base.train, patch_drop=patch_drop))
+    return recipe, 512, recipe.model.num_patches
 
 
 def laptop_half():
@@ -53,7 +53,7 @@ def shape_of(make, device):
     "A recipe, its batch size, and the tokens that go through its blocks; two blocks and few images on a CPU."
     small = device == 'cpu'
     recipe, batch_size, tokens = make()
-    if small: recipe, batch_size = replace(recipe, vit=replace(recipe.vit, depth=2)), 8
+    if small: recipe, batch_size = replace(recipe, model=replace(recipe.model, depth=2)), 8
     train = replace(recipe.train, batch_size=batch_size, device=device)
     return replace(recipe, train=train), batch_size, tokens
 
@@ -170,7 +170,7 @@ def ours(device, report, make, mode):
     steps = gpu_checks.Steps(recipe, pack, device, recipe.train.precision)
     step, wait, precision = lambda: steps(.5), waiter(device), steps.state.precision
     report(stage='warmed', mode=mode, precision=precision, batch_size=batch_size, tokens=tokens,
-           gflop_per_image=round(step_gflop(recipe.vit, tokens), 4), **warmed(step, wait))
+           gflop_per_image=round(step_gflop(recipe.model, tokens), 4), **warmed(step, wait))
     def look():
         steps.state.recent.clear()   # or a look at the losses, once in twenty steps, may fall into these three
         return launches(step, wait, device)

@@ -32,7 +32,7 @@ from vit_tinyimagenet.training import loop
 PLACES = dict(step=(loop, 'train_step'), checkpoint=(runner, 'save_checkpoint'), evaluation=(recipe, 'predict_split'),
               record=(runner, 'finish_record'), pack=(data, '_fill'), fix_val=(layout, 'fix_val'))
 OPTIONS = '''--classes 4 --train.epochs 8 --train.batch-size 64 --train.watch minival --train.checkpoint-minutes 1e-6
-    --vit.drop-rate .1 --vit.drop-path-rate .1 --augment.degrees 15'''.split()   # all that could go astray
+    --model.drop-rate .1 --model.drop-path-rate .1 --augment.degrees 15'''.split()   # all that could go astray
 STEPS = 8   # at most so many are let pass before a kill
 
 

@@ -10,9 +10,10 @@ __all__ = ['RECIPES', 'demo', 'laptop', 'sprint', 'original_notebook', 'original
 from dataclasses import replace
 
 from .data.augment import AugmentConfig
-from .methods.dino import DinoConfig, DinoRecipe
-from .methods.distill import CompactRecipe
-from .methods.mae import MaeRecipe
+from .methods.dino import Dino
+from .methods.distill import Distill
+from .methods.mae import Mae
+from .models.resnet import ResNetConfig
 from .models.vit import VitConfig
 from .runs.recipe import Recipe
 from .training.optim import OptimConfig
@@ -23,7 +24,7 @@ def demo()->Recipe:
     "A small ViT on the synthetic dataset: under two minutes on two cores, above five times chance."
     # flipped shapes are other shapes; large patches and small batches give many cheap steps
     vit = VitConfig(num_classes=20, patch_size=16, embed_dim=96, depth=4, num_heads=3)
-    return Recipe('demo', data='synthetic', vit=vit, augment=AugmentConfig(pad=4, hflip=False),
+    return Recipe('demo', data='synthetic', model=vit, augment=AugmentConfig(pad=4, hflip=False),
                   train=TrainConfig(epochs=30, batch_size=32, watch='minival'))
 
 def laptop()->Recipe:
@@ -36,7 +37,7 @@ def laptop()->Recipe:
 def sprint()->Recipe:
     "The original's 32.1% in minutes on two CPU cores: `results/sprint_0` to `_2` have accuracy and time."
     # few passes want a shallow network, small batches, no crop, and at first coarse images
-    return Recipe('sprint', vit=VitConfig(embed_dim=256, depth=4, num_heads=4),
+    return Recipe('sprint', model=VitConfig(embed_dim=256, depth=4, num_heads=4),
                   optim=OptimConfig(lr=4e-3, warmup_epochs=.15),
                   train=TrainConfig(epochs=4, batch_size=128, low_res_until=.4, patch_drop=((0.,.5),(.9,0.))))
 
@@ -53,18 +54,19 @@ def original_notebook()->Recipe:
                         schedule='cosine', warmup_epochs=10, schedule_epochs=300, per_epoch=True)
     train = TrainConfig(epochs=400, batch_size=128, precision='fp16', label_smoothing=.01, ema_decay=.996,
                         watch='valid', watch_augmented=True, patience=20, min_delta=.001)
-    return Recipe('original_notebook', vit=vit, augment=aug, optim=optim, train=train)
+    return Recipe('original_notebook', model=vit, augment=aug, optim=optim, train=train)
 
 def original_readme()->Recipe:
     "The original as its README describes it (21.2M parameters): 64x64 images, patch 8, ten blocks."
     base = original_notebook()
-    vit = replace(base.vit, img_size=64, patch_size=8, depth=10, pos_tokens=None)
-    return replace(base, name='original_readme', vit=vit, augment=replace(base.augment, crop_size=None))
+    vit = replace(base.model, img_size=64, patch_size=8, depth=10, pos_tokens=None)
+    return replace(base, name='original_readme', model=vit, augment=replace(base.augment, crop_size=None))
 
 # %% ../nbs/recipes.ipynb #e53e4488
 def own_images()->Recipe:
     "A folder of class folders, from scratch: `vit_train own_images --data FOLDER`."
-    return Recipe('own_images', data='FOLDER', vit=VitConfig(num_classes=None), augment=AugmentConfig(pad=4),
+    return Recipe('own_images', data='FOLDER', model=VitConfig(num_classes=None),
+                  augment=AugmentConfig(pad=4),
                   train=TrainConfig(epochs=60, batch_size=32, ema_decay=.9, watch='valid'))
 
 def fine_tune()->Recipe:
@@ -76,51 +78,51 @@ def fine_tune()->Recipe:
 # %% ../nbs/recipes.ipynb #6bc249da
 def laptop_encoder()->VitConfig:
     "The shape that the recipes for two CPU cores share: that of `sprint`, which learns most in little time."
-    return replace(sprint().vit, num_classes=0, weight_init='torch')
+    return replace(sprint().model, num_classes=0, weight_init='torch')
 
-def mae_laptop()->MaeRecipe:
+def mae_laptop()->Recipe:
     "An encoder without labels, by masked autoencoding for 17 epochs: an hour on two CPU cores."
     aug,optim = AugmentConfig(scale=(.4,1.)),OptimConfig(lr=3e-3)
-    return MaeRecipe('mae_laptop', vit=laptop_encoder(), augment=aug, optim=optim,
-                     train=TrainConfig(epochs=17, batch_size=128))
+    return Recipe('mae_laptop', model=laptop_encoder(), objective=Mae(), augment=aug, optim=optim,
+                  train=TrainConfig(epochs=17, batch_size=128))
 
 # %% ../nbs/recipes.ipynb #b77ab4b0
-def dino_laptop()->DinoRecipe:
+def dino_laptop()->Recipe:
     "An encoder without labels, by self-distillation for 6 epochs: an hour on two CPU cores."
     aug = AugmentConfig(scale=(.4,1.), color_jitter=(.4,.4,.2,.1), grayscale=.2)
-    cfg = DinoConfig(local_crops=2, local_scale=(.15,.4), teacher_temp=.014, teacher_temp_end=.014)
+    goal = Dino(local_crops=2, local_scale=(.15,.4), teacher_temp=.014, teacher_temp_end=.014)
     train = TrainConfig(epochs=6, batch_size=64, ema_decay=.99, ema_decay_end=1.,
                         low_res_until=.85, patch_drop=((0.,.5),))
-    return DinoRecipe('dino_laptop', vit=laptop_encoder(), augment=aug, dino=cfg,
-                      optim=OptimConfig(lr=2e-3), train=train)
+    return Recipe('dino_laptop', model=laptop_encoder(), objective=goal, augment=aug,
+                  optim=OptimConfig(lr=2e-3), train=train)
 
-def dino_gpu()->DinoRecipe:
+def dino_gpu()->Recipe:
     "The encoder of `laptop` without labels, in 17 minutes on one large GPU; no GPU has run it yet."
     base = dino_laptop()
-    return replace(base, name='dino_gpu', vit=VitConfig(num_classes=0, weight_init='torch'),
+    return replace(base, name='dino_gpu', model=VitConfig(num_classes=0, weight_init='torch'),
                    optim=OptimConfig(lr=2e-3, weight_decay_end=.2),
-                   dino=replace(base.dino, out_dim=4096, local_crops=6),
+                   objective=replace(base.objective, out_dim=4096, local_crops=6),
                    train=TrainConfig(epochs=100, batch_size=512, budget_minutes=17., ema_decay=.99,
                                      ema_decay_end=1., patch_drop=((0.,.5),(.8,0.))))
 
 # %% ../nbs/recipes.ipynb #b8963cf1
-def resnet_laptop()->CompactRecipe:
+def resnet_laptop()->Recipe:
     "A residual network of 2.8M parameters, from labels alone, in 7 epochs: an hour on two CPU cores."
     train = TrainConfig(epochs=7, batch_size=128, low_res_until=.7)
-    return CompactRecipe('resnet_laptop', net='resnet', optim=OptimConfig(lr=3e-3), train=train,
-                         augment=AugmentConfig(pad=4, cutmix=.5, cutmix_until=.85))
+    return Recipe('resnet_laptop', model=ResNetConfig(), optim=OptimConfig(lr=3e-3), train=train,
+                  augment=AugmentConfig(pad=4, cutmix=.5, cutmix_until=.85))
 
-def compact_laptop()->CompactRecipe:
+def compact_laptop()->Recipe:
     "A ViT of 0.9M parameters, taught by `laptop` for 11 epochs: an hour on two CPU cores."
-    base,vit = laptop(),VitConfig(embed_dim=160, depth=4, num_heads=5)
-    return CompactRecipe('compact_laptop', teacher='laptop', vit=vit, augment=base.augment, optim=base.optim,
-                         train=replace(base.train, epochs=11))
+    vit = VitConfig(embed_dim=160, depth=4, num_heads=5)
+    return replace(laptop(), name='compact_laptop', model=vit, objective=Distill('laptop'),
+                   train=replace(laptop().train, epochs=11))
 
 # %% ../nbs/recipes.ipynb #4ddcc8fa
-def laptop_long()->CompactRecipe:
+def laptop_long()->Recipe:
     "A ViT of 3.2M parameters, taught by `laptop` for 14 epochs: two hours on two CPU cores."
     base,vit = compact_laptop(),VitConfig(embed_dim=256, depth=6, num_heads=4, weight_init='torch')
-    return replace(base, name='laptop_long', vit=vit, train=replace(base.train, epochs=14))
+    return replace(base, name='laptop_long', model=vit, train=replace(base.train, epochs=14))
 
 # %% ../nbs/recipes.ipynb #26071afa
 RECIPES = {f.__name__:f for f in (demo, sprint, laptop, own_images, fine_tune, original_readme,

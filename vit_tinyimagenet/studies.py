@@ -13,17 +13,19 @@ from operator import or_
 from typing import Any
 
 from .data.augment import AugmentConfig
+from .methods.distill import Distill
+from .models.resnet import ResNetConfig
 from .models.vit import VitConfig
 from .recipes import compact_laptop, original_notebook, sprint
 from .runs.ablation import Study
-from .runs.recipe import Recipe
+from .runs.recipe import Recipe, Supervised
 from .training.optim import OptimConfig
 from .training.step import TrainConfig
 
 # %% ../nbs/studies.ipynb #bdd24053
 def proxy()->Recipe:
     "A hundred classes, four blocks, three epochs, evaluated on minival."
-    return Recipe('proxy', classes=100, tuning=True, vit=VitConfig(num_classes=None, depth=4),
+    return Recipe('proxy', classes=100, tuning=True, model=VitConfig(num_classes=None, depth=4),
                   augment=AugmentConfig(pad=4), optim=OptimConfig(lr=4e-3, warmup_epochs=.2),
                   train=TrainConfig(epochs=3, batch_size=128, patch_drop=((0.,.5),(.85,0.))))
 
@@ -36,14 +38,14 @@ def claims()->Study:
         'no label smoothing':  {'train.label_smoothing':0.},
         'no EMA':              {'train.ema_decay':0.},
         'no warm-up':          {'optim.warmup_epochs':0.},
-        'positions of ones':   {'vit.pos_embed':'ones'},
-        'blocks equal':        {'vit.weight_init':'torch_clones'}})
+        'positions of ones':   {'model.pos_embed':'ones'},
+        'blocks equal':        {'model.weight_init':'torch_clones'}})
 
 def starts()->Study:
     "Two more ways to start: learned positions from a normal, and torch's layers, each drawn for itself."
     return Study('starts', proxy(), variants={
-        'positions learned':    {'vit.pos_embed':'learn'},
-        'residual not zero':    {'vit.weight_init':'torch'}})
+        'positions learned':    {'model.pos_embed':'learn'},
+        'residual not zero':    {'model.weight_init':'torch'}})
 
 # %% ../nbs/studies.ipynb #20e10ff7
 def warmup()->Study:
@@ -57,11 +59,11 @@ def warmup()->Study:
 def original_small()->Recipe:
     "The original's configuration at the size and length of the proxy, watched through its augmentation."
     small,orig = proxy(),original_notebook()
-    vit = replace(orig.vit, num_classes=None, embed_dim=small.vit.embed_dim, depth=small.vit.depth,
-                  num_heads=small.vit.num_heads)
+    vit = replace(orig.model, num_classes=None, embed_dim=small.model.embed_dim, depth=small.model.depth,
+                  num_heads=small.model.num_heads)
     optim = replace(orig.optim, warmup_epochs=1, schedule_epochs=300/196*small.train.epochs)
     train = replace(orig.train, epochs=small.train.epochs, patience=0, precision='auto')
-    return replace(orig, name='original_small', classes=small.classes, tuning=True, vit=vit, optim=optim,
+    return replace(orig, name='original_small', classes=small.classes, tuning=True, model=vit, optim=optim,
                    train=train)
 
 # %% ../nbs/studies.ipynb #1ddce844
@@ -76,12 +78,12 @@ def repairs()->dict[str,dict[str,Any]]: # step -> dotted field -> value
         'lr 1e-3':                     {'optim.lr':1e-3},
         'no epoch at 0, down to 0':    {'optim.per_epoch':False, 'optim.warmup_epochs':.2,
                                         'optim.schedule_epochs':None},
-        'pre-norm, GELU':              {'vit.norm_first':True, 'vit.act_layer':'gelu'},
-        'no dropout':                  {'vit.drop_rate':0., 'vit.head_drop_rate':0.},
-        'whole images':                {'augment.crop_size':None, 'vit.img_size':64, 'vit.patch_size':8,
-                                        'vit.pos_tokens':None},
+        'pre-norm, GELU':              {'model.norm_first':True, 'model.act_layer':'gelu'},
+        'no dropout':                  {'model.drop_rate':0., 'model.head_drop_rate':0.},
+        'whole images':                {'augment.crop_size':None, 'model.img_size':64, 'model.patch_size':8,
+                                        'model.pos_tokens':None},
         'decay .05 of matrices alone': {'optim.decay_matrices_only':True, 'optim.weight_decay':.05},
-        'start, pooling, norms':       {f'vit.{f}':getattr(ours.vit,f) for f in start},
+        'start, pooling, norms':       {f'model.{f}':getattr(ours.model,f) for f in start},
         'Muon at 4e-3, linear':        all_of('optim'),
         'flip and reflected crop':     all_of('augment'),
         'smoothing, EMA, fewer patches': all_of('train')}
@@ -96,7 +98,7 @@ def repair_ladder()->Study:
 # %% ../nbs/studies.ipynb #53c2b4d8
 def labelled()->Recipe:
     "The shape of the shipped encoders with a head."
-    return Recipe('labelled', vit=replace(sprint().vit, weight_init='torch'),
+    return Recipe('labelled', model=replace(sprint().model, weight_init='torch'),
                   augment=AugmentConfig(pad=4, cutmix=.5, cutmix_until=.85), optim=OptimConfig(lr=3e-3),
                   train=TrainConfig(epochs=4, batch_size=128, patch_drop=((0.,.5),(.75,0.))))
 
@@ -113,16 +115,16 @@ def few_labels()->Study:
 # %% ../nbs/studies.ipynb #c00e1cfc
 def distillation()->Study:
     "A small ViT and a small residual network, from labels alone and with a teacher, three seeds."
-    base,whole = compact_laptop(),{'train.patch_drop':()}
-    small = {**whole, 'net':'resnet', 'resnet.width':32, 'resnet.layers':(1,1,1)}
-    short = replace(base, name='distillation', teacher=None, classes=100, train=replace(base.train, epochs=4),
-                    vit=replace(base.vit, num_classes=None))
+    base,taught = compact_laptop(),{t:{'objective':Distill(t)} for t in ('laptop','resnet_laptop')}
+    small = {'train.patch_drop':(), 'model':ResNetConfig(num_classes=None, width=32, layers=(1,1,1))}
+    short = replace(base, name='distillation', objective=Supervised(), classes=100,
+                    train=replace(base.train, epochs=4), model=replace(base.model, num_classes=None))
     return Study('distillation', short, seeds=(0,1,2), variants={
         'ViT, labels only':          {},
-        'ViT, taught by a ViT':      {'teacher':'laptop'},
-        'ViT, taught by a ResNet':   {'teacher':'resnet_laptop'},
+        'ViT, taught by a ViT':      taught['laptop'],
+        'ViT, taught by a ResNet':   taught['resnet_laptop'],
         'ResNet, labels only':       small,
-        'ResNet, taught by a ViT':   {**small, 'teacher':'laptop'}})
+        'ResNet, taught by a ViT':   {**small, **taught['laptop']}})
 
 # %% ../nbs/studies.ipynb #b03ea9fa
 STUDIES = {f.__name__:f for f in (claims,starts,warmup,repair_ladder,few_labels,distillation)}

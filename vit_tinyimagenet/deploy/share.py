@@ -18,7 +18,7 @@ from ..runs.record import Run, markdown_table, results_table, write_text
 
 # %% ../../nbs/7_deploy/04_share.ipynb #a82a9783
 def is_encoder(run:Run)->bool: # that names no classes: learned without labels
-    return run.config['recipe']['vit']['num_classes']==0
+    return run.config['recipe']['model']['num_classes']==0
 
 def card_data(run:Run, repo:str # owner/name
              ):                 # a huggingface_hub.ModelCardData
@@ -76,7 +76,7 @@ def model_card(run:Run, repo:str # owner/name
     fields = lambda part: ', '.join(f'{k}={v!r}' for k,v in part.items())
     parts = [fields(plain), *(f'**{k}**: {fields(v)}' for k,v in config.items() if isinstance(v,dict))]
     start = f"from the weights `{config['init']}`" if config.get('init') else 'from scratch'
-    use = (USE_ENCODER if is_encoder(run) else USE).format(repo=repo, width=config['vit']['embed_dim'])
+    use = (USE_ENCODER if is_encoder(run) else USE).format(repo=repo, width=config['model'].get('embed_dim'))
     listed = '\n'.join(f'- {p}' for p in parts)
     card = CARD.format(header=header, repo=repo, start=start, use=use, fields=listed,
                        figures=markdown_table(results_table([run])), **s)
@@ -94,7 +94,7 @@ def staged(run:Run, repo:str, to:Path,
     card,weights = model_card(run, repo),weights or run.folder/'model.safetensors'
     if not weights.exists(): raise ValueError(f'{weights} is missing: give the folder that the run wrote')
     recipe = run.config['recipe']
-    there,here = asdict(load_release(weights).cfg),recipe.get('resnet',{})|recipe['vit']
+    there,here = asdict(load_release(weights).cfg),recipe['model']
     same = lambda k: json.dumps(there[k])==json.dumps(here.get(k))   # a tuple is a list there
     other = [k for k in there if k!='num_classes' and not same(k)]   # which is None until data is seen
     if other: raise ValueError(f'{weights}: of another network than {run.folder} ({", ".join(other)})')

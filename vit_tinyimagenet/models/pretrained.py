@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RELEASE_META', 'HEADER', 'OLDEST', 'Network', 'NETWORKS', 'MAX_SIDE', 'MAX_PATCHES', 'MAX_RELEASE', 'MAX_HEADER',
-           'COMPATIBLE_FIELDS', 'release_header', 'write_release', 'nonfinite', 'half', 'floats', 'save_release',
-           'check_header', 'explain_damage', 'read_header', 'build_from_header', 'load_release', 'list_pretrained',
-           'load_pretrained', 'positions_for', 'load_init_weights']
+           'COMPATIBLE_FIELDS', 'build_model', 'release_header', 'write_release', 'nonfinite', 'half', 'floats',
+           'save_release', 'check_header', 'explain_damage', 'read_header', 'build_from_header', 'load_release',
+           'list_pretrained', 'load_pretrained', 'positions_for', 'load_init_weights']
 
 # %% ../../nbs/2_models/04_pretrained.ipynb #04e67fcb
 import contextlib, json
@@ -32,6 +32,10 @@ HEADER = ('network','config',*RELEASE_META,'bits','int8')   # the last two are n
 OLDEST = 'VisionTransformer'   # which the first files do not name
 Network = VisionTransformer|ResNet
 NETWORKS = dict(VisionTransformer=(VisionTransformer,VitConfig), ResNet=(ResNet,ResNetConfig))
+
+def build_model(cfg:VitConfig|ResNetConfig)->Network:
+    "A new network as its config says, its weights drawn by torch's random numbers."
+    return next(network for network,config in NETWORKS.values() if type(cfg) is config)(cfg)
 
 def release_header(model:Network,
                    meta:dict  # of the pack; what `RELEASE_META` names, and bits where it has any
@@ -134,17 +138,17 @@ def read_header(path:Path)->dict: # as `release_header` made it; int8: see `quan
 def build_from_header(header:dict, path:Path # a release file and what `read_header` says of it
                      )->Network: # in evaluation mode, its weights those of a new one; `meta` as in the header
     "A network as a header describes it; raises `ValueError` where the file has other tensors."
-    network,cfg = NETWORKS[header['network']][0],check_header(header)
+    cfg = check_header(header)
     with safe_open(path,'pt') as f: # scales are of eight-bit weights
         there = {n:tuple(f.get_slice(n).get_shape()) for n in f.keys() if not n.endswith('_scale')}
     blocks = sum(cfg.layers) if isinstance(cfg,ResNetConfig) else cfg.depth
     if blocks>len(there): raise ValueError(f'{blocks:,} blocks by the header, {len(there)} tensors')
-    with torch.device('meta'): claimed = network(cfg).state_dict()
+    with torch.device('meta'): claimed = build_model(cfg).state_dict()
     needed = {n:tuple(t.shape) for n,t in claimed.items()}
     for n in needed|there:
         if needed.get(n)!=there.get(n):
             raise ValueError(f'{n}: {needed.get(n)} by the header, {there.get(n)} in the file')
-    model = network(cfg).eval()
+    model = build_model(cfg).eval()
     model.meta = {k:header[k] for k in (*RELEASE_META,'bits') if k in header}
     return model
 
@@ -198,8 +202,7 @@ def load_init_weights(model:Network,  # changed in place
     "Copy the weights of a trained model; raises `ValueError` where it is another network."
     source,here = load_pretrained(name),asdict(model.cfg)
     kinds = [type(m).__name__ for m in (source,model)]
-    part = 'vit' if isinstance(model,VisionTransformer) else 'resnet'   # of a recipe
-    other = [f'{part}.{k}={v} there, {here[k]} here' for k,v in asdict(source.cfg).items()
+    other = [f'model.{k}={v} there, {here[k]} here' for k,v in asdict(source.cfg).items()
              if k in here and v!=here[k] and k not in COMPATIBLE_FIELDS]
     if kinds[0]!=kinds[1]: other = [f'a {kinds[0]} there, a {kinds[1]} here']
     if other: raise ValueError(f"init='{name}' is another network: {', '.join(other)}")

@@ -8,7 +8,7 @@ __all__ = ['EVALUATED', 'override', 'Study', 'write_plan', 'row_of', 'read_runs'
 
 # %% ../../nbs/4_runs/07_ablation.ipynb #bcaba0e3
 import json, re
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -18,7 +18,7 @@ import pandas as pd
 from ..core.config import check_fields
 from ..core.display import drawable, name_rows
 from ..core.files import expand, lock, sweep
-from .record import (PATH_FIELDS, Run, basename, config_differences, config_identity,
+from .record import (Run, config_differences, config_identity,
                                           csv_of, folder_name_problem, read_json, read_strings, write_json,
                                           write_text)
 
@@ -61,19 +61,14 @@ class Study:
         return runs
 
 # %% ../../nbs/4_runs/07_ablation.ipynb #3b66b85d
-def _named(config:Any)->dict:
-    "A recipe as JSON gives it back, without the places of its files."
-    d = config_identity(config)
-    return {**d, **{k:basename(d[k]) for k in PATH_FIELDS if d.get(k)}}
-
 def write_plan(study:Study, folder:Path
               )->dict: # run -> variant, seed, changes, recipe: these, and those that had begun
     "List all runs; raises `ValueError` where one that has begun was another then."
     path = folder/'plan.json'
     before = read_json(path) if path.exists() else {}
     def entry(r): return dict(variant=r['variant'], seed=r['seed'], changes=study.variants[r['variant']],
-                              recipe=_named(r['recipe']))
-    now = json.loads(json.dumps({r['run']:entry(r) for r in study.runs()}))
+                              recipe=config_identity(r['recipe']))
+    now = json.loads(json.dumps({r['run']:entry(r) for r in study.runs()}, default=asdict))
     for name in before.keys()&now.keys():
         other = '; '.join(config_differences(before[name]['recipe'], now[name]['recipe']))
         if other and (folder/name).exists():
@@ -149,7 +144,7 @@ def differs_from_plan(study:Study, folder:Path # of a study that has been run
                      )->list[str]:             # run: field: what it was, what it would be
     "In what the study of today is not the one that was run; where its data lies does not count."
     was = {n:p['recipe'] for n,p in read_json(folder/'plan.json').items()}
-    now = {r['run']:json.loads(json.dumps(_named(r['recipe']))) for r in study.runs()}
+    now = {r['run']:config_identity(r['recipe']) for r in study.runs()}
     found = [f"{n}: only {'there' if n in was else 'here'}" for n in was.keys()^now.keys()]
     return found+[f'{n}: {d}' for n in was.keys()&now.keys() for d in config_differences(was[n],now[n])
                   if not d.startswith('data:')]

@@ -8,7 +8,7 @@ __all__ = ['CHANGES', 'Job', 'n_left_out', 'start_record', 'selection', 'evaluat
 
 # %% ../../nbs/4_runs/04_report.ipynb #8b2ce892
 import errno, time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.display import save_figure
@@ -17,7 +17,7 @@ from ..data.pack import Pack, Split
 from ..models.pretrained import save_release
 from .plots import plot_curves
 from .recipe import Recipe, eval_loader, named_splits
-from .record import (PATH_FIELDS, Run, basename, csv_of, peak_gib, predictions_frame,
+from .record import (Run, csv_of, peak_gib, predictions_frame, recipe_fields,
                                           write_json, write_text)
 from ..training.diagnostics import refuse_nonfinite_logits
 from ..training.metrics import Predictions
@@ -44,12 +44,10 @@ def n_left_out(data:Pack)->int: # images that `skip_bad` has left out of the pac
 def start_record(job:Job):
     "Write `config.json`, and a grid of what the model is shown."
     recipe,meta = job.recipe,job.data.meta
-    given = {k:v for k in PATH_FIELDS if (v := getattr(recipe,k,None))}
-    placeless = {k:basename(v) for k,v in given.items()}   # where they lie is of no matter
-    named = asdict(replace(recipe, **{**placeless, 'data':meta['source']}))
+    named = {**recipe_fields(recipe), 'data':meta['source']}
     left_out = {k:v for k,v in meta.get('left_out',{}).items() if v}   # files, and why
     write_json(job.folder/'config.json', dict(recipe=named, sessions=job.sessions, left_out=left_out))
-    save_figure(recipe.samples(job.train_on, meta), job.folder/'samples.png')
+    save_figure(recipe.objective.samples(recipe, job.train_on, meta), job.folder/'samples.png')
 
 # %% ../../nbs/4_runs/04_report.ipynb #48f578a1
 def selection(recipe:Recipe)->str:
@@ -64,8 +62,8 @@ def selection(recipe:Recipe)->str:
 def evaluate_valid(job:Job)->tuple[Predictions,float]:
     "Predict the validation images with the averaged weights; the seconds that it took."
     start,recipe,data,state = time.perf_counter(),job.recipe,job.data,job.state
-    asked = eval_loader(data.valid, recipe, state)
-    p = recipe.predictions(state.averaged(), job.train_on, asked, data.meta, state)
+    batches = eval_loader(data.valid, recipe, state)
+    p = recipe.objective.predictions(recipe, state.averaged(), job.train_on, batches, data.meta, state)
     refuse_nonfinite_logits(p.logits)
     eval_s = time.perf_counter()-start
     frame = predictions_frame(p, data.valid.files, data.meta['wnids'])
@@ -77,8 +75,9 @@ def draw_record(job:Job):
     "The curves of what was logged, and whatever else a recipe has to show."
     recipe,log,model = job.recipe,Run(job.folder).log,job.state.averaged()
     logged = [k for k in ('top1','loss') if log.filter(like=k).size]
-    curves = {f'curves_{k}':plot_curves({recipe.name:log}, k, recipe.loss_name) for k in logged}
-    for name,fig in {**curves, **recipe.figures(model, job.data.valid, job.data.meta)}.items():
+    curves = {f'curves_{k}':plot_curves({recipe.name:log}, k, recipe.objective.loss_name) for k in logged}
+    more = recipe.objective.figures(recipe, model, job.data.valid, job.data.meta)
+    for name,fig in {**curves, **more}.items():
         save_figure(fig, job.folder/f'{name}.png')
 
 # %% ../../nbs/4_runs/04_report.ipynb #0855d3a7
@@ -86,7 +85,8 @@ def release(job:Job):
     "Write the averaged weights, with the mean and deviation that the network was shown."
     aug,meta = job.recipe.augment,job.data.meta
     seen = dict(mean=aug.mean or meta['mean'], std=aug.std or meta['std'])
-    save_release(job.recipe.encoder(job.state.averaged()), job.folder/'model.safetensors', {**meta, **seen})
+    encoder = job.recipe.objective.encoder(job.state.averaged())
+    save_release(encoder, job.folder/'model.safetensors', {**meta, **seen})
 
 # %% ../../nbs/4_runs/04_report.ipynb #f9a04bda
 def check_there(folder:Path):
@@ -105,7 +105,7 @@ def finish_record(job:Job):
     if world().rank: return
     recipe,meta,state,n_images = job.recipe,job.data.meta,job.state,len(job.train_on.labels)
     release(job); draw_record(job)
-    model = recipe.encoder(state.averaged())
+    model = recipe.objective.encoder(state.averaged())
     steps_per_epoch = -(-n_images//recipe.train.batch_size)
     epochs = state.epoch if state.step%steps_per_epoch==0 else round(state.step/steps_per_epoch, 2)
     of_first = {k:v for k,v in job.sessions[0].items() if k not in (*CHANGES,'from_step')}
@@ -113,7 +113,7 @@ def finish_record(job:Job):
     write_json(job.folder/'summary.json', dict(   # last, so that a folder with a summary is complete
         recipe=recipe.name, dataset=meta['source'], data_sha256=meta['data_sha256'],
         **named_splits(recipe), selection=selection(recipe), view='clean',
-        evaluated_with=recipe.evaluated_with,
+        evaluated_with=recipe.objective.evaluated_with,
         n_images=len(p.labels), **{f'valid_{k}':v for k,v in p.summary().items()},
         epochs=epochs, steps=state.step, wall_s=state.wall_s, eval_s=eval_s, peak_gib=peak_gib(state.device),
         images_per_s=n_images*epochs/state.wall_s,
