@@ -26,6 +26,7 @@ from vit_tinyimagenet.data.synthetic import make_synthetic
 from vit_tinyimagenet.deploy.predict import predict
 
 WITH_ARCHIVE = '5_evaluation/01_predictions 5_evaluation/02_explain 9_results/06_leaderboard'.split()
+PATIENCE_S = 900   # for whatever is waited for: a machine may be slow, or busy with something else
 TRY = ["import vit_tinyimagenet as vt", "run = vt.train(vt.recipes.demo(), 'runs')",
        "print('finished', run.finished, len(run.log))"]
 
@@ -41,19 +42,19 @@ def free_port():
 
 
 @contextlib.contextmanager
-def server(command, url, log, cwd, env, seconds=300):
+def server(command, url, log, cwd, env):
     "A process that serves a page, up to the end of the context."
     with open(log, 'w', encoding='utf-8') as f:
         p = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT)
         try:
-            wait(lambda: answers(url) or p.poll() is not None, f'{url} does not answer; see {log}', seconds)
+            wait(lambda: answers(url) or p.poll() is not None, f'{url} does not answer; see {log}')
             if p.poll() is not None:
                 said = log.read_text(encoding='utf-8', errors='replace')
                 sys.exit(f'browser: {command[:3]} ended: {said[-1500:]}')
             yield
         finally:
             p.terminate()
-            p.wait(20)
+            p.wait(PATIENCE_S)
 
 
 def answers(url):
@@ -61,7 +62,7 @@ def answers(url):
     except OSError: return False
 
 
-def wait(is_so, complaint, seconds=60):
+def wait(is_so, complaint, seconds=PATIENCE_S):
     "Wait until something is so; its value."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -70,7 +71,7 @@ def wait(is_so, complaint, seconds=60):
     sys.exit(f'browser: {complaint}')
 
 
-def try_page(browser, archive, work, shots, env):
+def try_page(context, archive, work, shots, env):
     "Upload an image to the page of vit_demo, read what it says, take another from the gallery."
     port = free_port()
     url, vit_demo = f'http://127.0.0.1:{port}', Path(sys.executable).parent/'vit_demo'
@@ -79,11 +80,12 @@ def try_page(browser, archive, work, shots, env):
     Image.fromarray(valid.images[0].permute(1, 2, 0).numpy()).save(work/'photo.png')
     (work/'note.png').write_text('not an image', encoding='utf-8')
     with server(command, url, work/'demo.log', work, env):
-        page = browser.new_page(viewport=dict(width=1100, height=1150))
+        page = context.new_page()
+        page.set_viewport_size(dict(width=1100, height=1150))
         page.goto(url)
         drop, best = page.locator('input[type=file]').first, page.locator('[data-testid="label-output-value"]')
         drop.set_input_files(str(work/'photo.png'))
-        best.wait_for(timeout=60_000)
+        best.wait_for()
         said = [o.strip() for o in page.locator('.confidence-set .text').all_inner_texts() if o.strip()]
         first, right = best.inner_text(), predict(work/'photo.png').name.tolist()
         if said != right: sys.exit(f'browser: the page names {said}, and `predict` {right}')
@@ -94,7 +96,7 @@ def try_page(browser, archive, work, shots, env):
         wait(lambda: best.inner_text() not in ('', first), 'the gallery changes nothing')
         page.locator('button[aria-label="Clear"]').first.click()
         drop.set_input_files(str(work/'note.png'))
-        page.get_by_text('in no format that Pillow knows').first.wait_for(timeout=30_000)
+        page.get_by_text('in no format that Pillow knows').first.wait_for()
         page.close()
     print(f'demo page: {len(said)} classes, {first!r} first; a file that is no image is refused', flush=True)
 
@@ -111,7 +113,7 @@ class Lab:
         ready = '''p => { const w = window.jupyterapp.shell.currentWidget;
             return w && w.context && w.context.path === p && w.context.isReady && w.sessionContext.isReady
                 && w.sessionContext.session && w.sessionContext.session.kernel; }'''
-        self.page.wait_for_function(ready, arg=path, timeout=300_000)
+        self.page.wait_for_function(ready, arg=path)
 
     def cells(self):
         return self.page.evaluate('() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells')
@@ -162,8 +164,8 @@ def try_training(lab, folder, shots):
     lab.run(0)
     lab.run(1)
     bar, curve = (lab.page.locator(f'.jp-OutputArea {o}').first for o in ('.widget-hbox', 'img'))
-    bar.wait_for(timeout=60_000)
-    curve.wait_for(timeout=60_000)
+    bar.wait_for()
+    curve.wait_for()
     texts, pictures = set(), set()
     def moved():
         texts.add(bar.inner_text())
@@ -191,16 +193,17 @@ def nothing_set(env, work):
 
 
 @contextlib.contextmanager
-def laboratory(browser, folder, work, env):
+def laboratory(context, folder, work, env):
     "JupyterLab on a folder of notebooks, open in the browser."
     port, token = free_port(), secrets.token_hex()
     url = f'http://127.0.0.1:{port}/lab?token={token}'
     command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port', str(port),
                '--expose-app-in-browser', f'--IdentityProvider.token={token}']
     with server(command, url, work/'lab.log', folder, env):
-        page = browser.new_page(viewport=dict(width=1300, height=1000))
+        page = context.new_page()
+        page.set_viewport_size(dict(width=1300, height=1000))
         page.goto(url)
-        page.wait_for_function('() => window.jupyterapp && window.jupyterapp.started', timeout=300_000)
+        page.wait_for_function('() => window.jupyterapp && window.jupyterapp.started')
         yield Lab(page)
         page.close()
 
@@ -217,17 +220,19 @@ def main():
         shutil.copytree(ROOT, work/'repository', ignore=shutil.ignore_patterns('.git', '.venv', 'runs', 'build'))
         archive = os.environ.get('TINY_IMAGENET') or str(make_synthetic(work/'twin.zip'))
         browser = play.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        context = browser.new_context()
+        context.set_default_timeout(PATIENCE_S*1000)
         state = {f'JUPYTER{k}': str(work/k.lower()) for k in ('LAB_SETTINGS_DIR', 'LAB_WORKSPACES_DIR', '_CONFIG_DIR')}
         env = {**os.environ, **state, 'PYTHONPATH': str(work/'repository'), 'VIT_TINYIMAGENET_HOME': str(work/'home')}
-        try_page(browser, archive, work, args.shots, env)
+        try_page(context, archive, work, args.shots, env)
         quiet = work/'lab_settings_dir'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
         quiet.parent.mkdir(parents=True)
         quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}', encoding='utf-8')
-        with laboratory(browser, folder, work, nothing_set(env, work)) as lab:
+        with laboratory(context, folder, work, nothing_set(env, work)) as lab:
             try_training(lab, folder, args.shots)
             try_notebooks(lab, args.notebooks, args.shots)
         if 'TINY_IMAGENET' in os.environ:
-            with laboratory(browser, folder, work, env) as lab:
+            with laboratory(context, folder, work, env) as lab:
                 try_notebooks(lab, [n for n in WITH_ARCHIVE if n in args.notebooks], args.shots)
         browser.close()
 

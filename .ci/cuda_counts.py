@@ -244,6 +244,7 @@ def whole(name):
 
 def fit(recipe, pack, **kwargs):
     "A recipe's loop with what it watches; the state after it."
+    recipe = runner.resolve_recipe(recipe, pack)
     state = runner.new_state(recipe, pack)
     watch = runner.make_evaluator(recipe, pack.train, pack.valid, pack.meta, state)
     loop.fit(state, *runner.loop_parts(recipe, pack, pack.train, state), watch, log=lambda row: None,
@@ -263,7 +264,8 @@ def fits():
     with OnCuda():
         for name, ending, train in (('laptop', 'early stopping', early), ('mae_laptop', 'done', once),
                                     ('dino_laptop', 'done', once)):
-            recipe = on_cuda(tiny(name), batch_size=32, watch='valid', checkpoint_minutes=1e-6, **train)
+            often = dict(batch_size=32, watch='valid', checkpoint_minutes=1e-6, **train)
+            recipe = runner.resolve_recipe(on_cuda(tiny(name), **often), pack)
             state = fit(recipe, pack, save=lambda: saved.append(1))
             assert state.ended == ending and len(saved) > 3, (name, state.ended, saved)
             assert runner.seconds_to_evaluate(recipe, pack, state) > 0
@@ -279,7 +281,8 @@ def fits_budget():
 
 @whole('finder of learning rates')
 def finds_rates():
-    recipe, pack = on_cuda(tiny('laptop'), batch_size=8), noise()
+    pack = noise()
+    recipe = runner.resolve_recipe(on_cuda(tiny('laptop'), batch_size=8), pack)
     with OnCuda():
         state = runner.new_state(recipe, pack)
         parts = runner.loop_parts(recipe, pack, pack.train, state)
@@ -404,7 +407,7 @@ def asks_neighbours():
 def encoders_predict():
     pack = noise(60, 20)
     for name in ('dino_laptop', 'mae_laptop'):
-        recipe = on_cuda(changed(name, model=dict(depth=1)))
+        recipe = runner.resolve_recipe(on_cuda(changed(name, model=dict(depth=1))), pack)
         with OnCuda():
             state = runner.new_state(recipe, pack)
             asked = runner.eval_loader(pack.valid, recipe, state)

@@ -27,7 +27,7 @@ from PIL import Image
 from vit_tinyimagenet import cli, recipes
 from vit_tinyimagenet.core import device as core
 from vit_tinyimagenet.data import pack as data
-from vit_tinyimagenet.data.augment import AugmentConfig, augment, normalize
+from vit_tinyimagenet.data.augment import AugmentConfig, augment, normalize, with_statistics
 from vit_tinyimagenet.data.loader import Batches
 from vit_tinyimagenet.data.synthetic import make_synthetic
 from vit_tinyimagenet.deploy.predict import predict
@@ -307,7 +307,8 @@ def same_draws(device, work):
     same = all(torch.equal(a, b.cpu()) for a, b in pairs)
     yield 'draws and pixels', same, 'to the bit' if same else 'differ'
     for name, cfg in views.items():
-        a, b = (augment(batch.x, batch.draws, cfg, [.5]*3, [.25]*3).cpu() for batch in (here, there))
+        cfg = with_statistics(cfg, [.5]*3, [.25]*3)
+        a, b = (augment(batch.x, batch.draws, cfg).cpu() for batch in (here, there))
         moved = ((a-b).abs().amax((1, 2, 3)) > 1e-3).float().mean().item()
         # a rotation takes the nearest pixel, and rounding may choose its neighbour
         most, note = (.1 if cfg.degrees else 0), f'{moved:.1%} of the images differ by over 1e-3'

@@ -5,10 +5,6 @@ from cells import NBS, TST_FLAGS, as_text, cfg, notebooks
 
 COLAB = 'https://colab.research.google.com'
 CELL_ID = 'colab'
-GATE = f'''
-# Cells marked realdata or cuda are left out where this machine has no archive, or no GPU.
-from {cfg.lib_path.name}.data.notebooks import gate_cells
-gate_cells({{flags}})'''
 
 
 def badge(name):
@@ -19,15 +15,16 @@ def badge(name):
 
 def first_cell(nb, flags):
     "In Colab it fetches the package, or finds it when run again; then it sees to the cells with `flags`."
+    at = f'/content/{cfg.repo}'
     source = f'''#| hide
-# In Colab: fetch the repository and install the package. Elsewhere this does nothing.
 import sys
-if 'google.colab' in sys.modules:
-    %cd -q /content
-    ![ -d {cfg.repo} ] || git clone -q --depth 1 -b {cfg.branch} https://github.com/{cfg.user}/{cfg.repo}
-    %cd -q {cfg.repo}/{NBS.name}{nb.part and '/'}{nb.part}
-    %pip install -q "{'../' if nb.part else ''}..[notebooks]"'''
-    if flags: source += GATE.format(flags=', '.join(map(repr, flags)))
+if 'google.colab' in sys.modules:   # fetch the repository, install the package
+    ![ -d {at} ] || git clone -q --depth 1 -b {cfg.branch} https://github.com/{cfg.user}/{cfg.repo} {at}
+    %pip install -q "{at}[notebooks]"
+    %cd -q {at}/{NBS.name}{nb.part and '/'}{nb.part}'''
+    if flags: source += f'''
+from {cfg.lib_path.name}.data.notebooks import gate_cells
+gate_cells({', '.join(map(repr, flags))})   # leaves out what needs an archive or a GPU that is not here'''
     return dict(cell_type='code', execution_count=None, id=CELL_ID, metadata={}, outputs=[],
                 source=source.splitlines(keepends=True))
 

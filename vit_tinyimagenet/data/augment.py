@@ -6,11 +6,13 @@
 __all__ = ['BLUR_TAPS', 'show_images', 'pad_images', 'random_crop_flip', 'random_boxes', 'resize_matrix', 'random_resized_crop',
            'adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'adjust_hue', 'jitter_factors', 'blend',
            'color_jitter', 'sample_pixels', 'rotate', 'grayscale', 'solarize', 'blur_matrix', 'gaussian_blur',
-           'three_augment', 'normalize', 'AugmentConfig', 'check_augment', 'augment', 'center_normalize']
+           'three_augment', 'normalize', 'AugmentConfig', 'check_augment', 'with_statistics', 'augment',
+           'center_normalize']
 
 # %% ../../nbs/1_data/10_augment.ipynb #dceac55a
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Iterable
 
 import matplotlib.pyplot as plt, numpy as np, torch
 import torch.nn.functional as F
@@ -276,6 +278,7 @@ def normalize(x:Tensor, # (B,3,H,W) uint8, or float in 0..1
               std:tuple[float,float,float]|Tensor   # per channel, > 0
              )->Tensor: # (B,3,H,W) float32, normalised
     "Subtract the mean and divide by the standard deviation, per channel."
+    if mean is None or std is None: raise ValueError("mean=None: fill in the dataset's, by with_statistics")
     unit = 1 if x.is_floating_point() else 255
     def scaled(v): # numbers are filled in on the device: a copy from the host would make a GPU wait
         if not isinstance(v,Tensor): v = torch.stack([torch.full((), c, device=x.device) for c in v])
@@ -318,12 +321,17 @@ def check_augment(cfg:AugmentConfig):
         *((f, 0<=(getattr(cfg,f) or 0)<=1, 'between 0 and 1') for f in ('cutmix','cutmix_until','grayscale')),
         ('std', min(cfg.std or (1,))>0, 'three numbers above 0 (1 for a channel of one value), or None'))
 
+# %% ../../nbs/1_data/10_augment.ipynb #483a57fe
+def with_statistics(cfg:AugmentConfig,
+                    mean:Iterable[float], std:Iterable[float] # of the dataset, per channel, in units of 0..1
+                   )->AugmentConfig: # with its own mean and std where it has them, else with these
+    "A configuration that can be carried out."
+    return replace(cfg, mean=cfg.mean or tuple(mean), std=cfg.std or tuple(std))
+
 # %% ../../nbs/1_data/10_augment.ipynb #00646ad8
 def augment(x:Tensor,          # (B,3,H,W) uint8
             draws:Draws,       # of these B images, on x's device
-            cfg:AugmentConfig, # what to do
-            mean:tuple[float,float,float]|Tensor, # the dataset's, per channel, in units of 0..1
-            std:tuple[float,float,float]|Tensor   # the dataset's, per channel
+            cfg:AugmentConfig  # what to do, mean and std filled in
            )->Tensor:          # (B,3,h,w) float32, normalised; h = w = crop_size, or as x where it is None
     "The training view; raises `ValueError` where a crop does not fit the image."
     size = cfg.crop_size or min(x.shape[-2:])
@@ -336,17 +344,15 @@ def augment(x:Tensor,          # (B,3,H,W) uint8
     if any(cfg.color_jitter): x = color_jitter(x, cfg.color_jitter, draws)
     if cfg.grayscale: x = torch.where(_per_image(draws.uniform('grey')<cfg.grayscale), grayscale(x), x)
     if cfg.degrees: x = rotate(x, (2*draws.uniform('rotate')[:,0]-1)*cfg.degrees)
-    return normalize(x, cfg.mean or mean, cfg.std or std)
+    return normalize(x, cfg.mean, cfg.std)
 
 # %% ../../nbs/1_data/10_augment.ipynb #ba8dad71
 def center_normalize(x:Tensor,          # (B,3,H,W) uint8
-                     cfg:AugmentConfig, # whose crop_size, mean and std apply
-                     mean:tuple[float,float,float]|Tensor, # the dataset's, per channel, in units of 0..1
-                     std:tuple[float,float,float]|Tensor   # the dataset's, per channel
+                     cfg:AugmentConfig  # whose crop_size, mean and std apply
                     )->Tensor:          # (B,3,h,w) float32, normalised
     "The clean view for evaluation; raises `ValueError` for an image smaller than the crop."
     if cfg.crop_size:
         _check_crop(x, cfg.crop_size, 0, 'constant')
         top,left = (round((n-cfg.crop_size)/2) for n in x.shape[-2:])
         x = x[..., top:top+cfg.crop_size, left:left+cfg.crop_size]
-    return normalize(x, cfg.mean or mean, cfg.std or std)
+    return normalize(x, cfg.mean, cfg.std)

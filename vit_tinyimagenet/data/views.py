@@ -17,7 +17,7 @@ from .pack import Split
 
 # %% ../../nbs/1_data/11_views.ipynb #e938196e
 def show_batch(split:Split,
-               meta:dict,                    # of the pack: names, mean, std
+               meta:dict,                    # of the pack: names
                cfg:AugmentConfig|None=None,  # the training view; None for images as they are
                n:int=16, seed:int=0,         # images, and the run's seed
                epoch:int=0                   # counted from 0
@@ -27,7 +27,7 @@ def show_batch(split:Split,
     x = batch.x
     if cfg:   # mean 0 and deviation 1 keep the colours fit to be seen
         cfg = replace(cfg, mean=(0.,0.,0.), std=(1.,1.,1.))
-        x = augment(x, batch.draws, cfg, meta['mean'], meta['std']).clamp(0,1)
+        x = augment(x, batch.draws, cfg).clamp(0,1)
     return show_images(x, [short_name(meta['names'][i]) for i in batch.y])
 
 # %% ../../nbs/1_data/11_views.ipynb #fc5a88c0

@@ -179,12 +179,12 @@ class BoundedUploads:
 @contextlib.contextmanager
 def ends_in_order()->Iterator[None]:
     "A request to end, by the system or a closed terminal, ends what runs here as an exception does."
-    asked = [getattr(signal,n) for n in ('SIGTERM','SIGHUP') if hasattr(signal,n)]   # Windows has one
+    signals = [getattr(signal,n) for n in ('SIGTERM','SIGHUP') if hasattr(signal,n)]   # Windows has one
     def end(number, frame):
-        for s in (*asked,signal.SIGINT): signal.signal(s, signal.SIG_IGN)   # one is enough
+        for s in (*signals,signal.SIGINT): signal.signal(s, signal.SIG_IGN)   # one is enough
         sys.exit(128+number)
     # nohup ignores SIGHUP, and means it
-    before = {s:signal.signal(s,end) for s in asked if signal.getsignal(s)!=signal.SIG_IGN}
+    before = {s:signal.signal(s,end) for s in signals if signal.getsignal(s)!=signal.SIG_IGN}
     try: yield
     finally:
         for s,handler in before.items(): signal.signal(s, handler)

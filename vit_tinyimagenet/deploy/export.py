@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from ..core.config import check_fields
 from ..core.files import atomic_write
-from ..data.augment import AugmentConfig, center_normalize
 from ..data.hub import require
-from ..models.pretrained import (MAX_RELEASE, Network, check_header, explain_damage,
-                                                release_header)
+from ..models.pretrained import (MAX_RELEASE, Network, check_header, eval_transform,
+                                                explain_damage, release_header)
 from ..models.vit import VisionTransformer
 from ..runs.record import write_json
 
@@ -30,10 +29,7 @@ class InferenceModel(nn.Module):
     def __init__(self, model:Network): # with `meta`, as `load_pretrained` gives it; it is copied
         super().__init__()
         self.model,self.meta = copy.deepcopy(model).cpu().eval(),model.meta
-        self.view = AugmentConfig(crop_size=model.cfg.img_size)
-    def view_of(self, pixels:Tensor)->Tensor: # (B,3,H,W) uint8 -> (B,3,h,w) float32
-        "As the network is shown an image: cropped, normalised."
-        return center_normalize(pixels, self.view, self.meta['mean'], self.meta['std'])
+        self.view_of = eval_transform(model)   # (B,3,H,W) uint8 -> (B,3,h,w) float32
     def forward(self, pixels:Tensor)->Tensor: return self.model(self.view_of(pixels))
     def noise(self, n:int)->Tensor: # (n,3,H,W) uint8
         "Images to trace and to compare with, which mean nothing."
@@ -81,7 +77,7 @@ def check_answers(run:Callable, # (B,3,H,W) uint8 -> (B,K) logits
 
 # %% ../../nbs/7_deploy/02_export.ipynb #37e44834
 class OnnxSession:
-    "An ONNX file, ready to be asked: (B,3,H,W) uint8 -> (B,K) logits; its header is `header`."
+    "An ONNX file, ready to run: (B,3,H,W) uint8 -> (B,K) logits; its header is `header`."
     def __init__(self, content:bytes, threads:int=0): # 0: as many as onnxruntime finds right
         ort = require('onnxruntime','export')
         options = ort.SessionOptions()

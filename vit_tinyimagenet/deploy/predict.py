@@ -23,12 +23,12 @@ from torch import Tensor
 from ..core.commands import command
 from ..core.files import MAX_FILE_BYTES, expand, read_file
 from ..data.archive import FolderSource
-from ..data.augment import AugmentConfig, center_normalize
 from ..data.decode import open_image, to_rgb, to_square, upright
 from ..data.layout import image_files
 from .export import InferenceModel, load_onnx
 from .quantize import load_int8
-from ..models.pretrained import Network, list_pretrained, load_pretrained, read_header
+from ..models.pretrained import (Network, eval_transform, list_pretrained, load_pretrained,
+                                                read_header)
 from ..runs.record import write_text
 
 # %% ../../nbs/7_deploy/03_predict.ipynb #0295a993
@@ -104,10 +104,8 @@ def prepare(image:AnyImage,
            )->Tensor:     # (1,3,H,W) float32, normalised, where the model is
     "An image as the model was shown its validation images; raises `ValueError` as `read_image` does."
     if not hasattr(model,'meta'): raise ValueError('model: has no meta; take one from load_pretrained')
-    view = AugmentConfig(crop_size=model.cfg.img_size)
     x = load_pixels(image, model.meta['img_size'], model.meta.get('bits'))
-    x = x.to(next(model.parameters()).device)
-    return center_normalize(x, view, model.meta['mean'], model.meta['std'])
+    return eval_transform(model)(x.to(next(model.parameters()).device))
 
 # %% ../../nbs/7_deploy/03_predict.ipynb #d2d30b31
 @torch.inference_mode()

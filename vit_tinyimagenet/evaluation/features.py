@@ -87,7 +87,7 @@ def linear_probe(train_x:Tensor, train_y:Tensor,  # (m,D), (m,) int64
 
 # %% ../../nbs/5_evaluation/03_features.ipynb #47c69ed3
 def frozen_table(encoders:dict[str,nn.Module], # name -> images to features
-                 data:Pack,                    # its training images are known, the others asked for
+                 data:Pack,                    # neighbours come from train, predictions are for valid
                  out:Path|None=None            # a file for the table, with what it was made by and on
                 )->pd.DataFrame:               # encoder, features (their number), neighbours, probe (top-1)
     "What frozen encoders are worth."
@@ -96,10 +96,10 @@ def frozen_table(encoders:dict[str,nn.Module], # name -> images to features
     batches = lambda s: Batches(s, 256, shuffle=False, device=device).epoch()
     for name,encoder in encoders.items():
         of = lambda s: features(encoder.to(device), batches(s), view, pick_precision(device), device)
-        known,asked = of(data.train),of(data.valid)
-        size,classes = known[0].shape[1],len(data.meta['wnids'])
-        near = knn_predictions(*known, *asked, classes, KNN_K).summary()['top1']
-        probed = linear_probe(*known, *asked, classes).summary()['top1'] if size<4096 else None
+        train,valid = of(data.train),of(data.valid)
+        size,classes = train[0].shape[1],len(data.meta['wnids'])
+        near = knn_predictions(*train, *valid, classes, KNN_K).summary()['top1']
+        probed = linear_probe(*train, *valid, classes).summary()['top1'] if size<4096 else None
         rows.append(dict(encoder=name, features=size, neighbours=near, probe=probed))
     by = {k:v for k,v in provenance(device).items() if k in ('commit','dirty','hardware')}
     counts = dict(n_known=len(data.train.labels), n_asked=len(data.valid.labels))
@@ -146,7 +146,7 @@ class SelfSupervised(Supervised):
     def predictions(self, recipe, model:nn.Module, train_split:Split, batches:Batches, meta:dict,
                     state:TrainState)->Predictions:
         "Votes of the training images that are nearest."
-        view,encoder = clean_view(recipe, meta),self.encoder(model)
+        view,encoder = clean_view(recipe),self.encoder(model)
         of = lambda loader: features(encoder, loader.epoch(), view, state.precision, state.device)
         train = of(eval_loader(train_split, recipe, state))
         return knn_predictions(*train, *of(batches), len(meta['wnids']), KNN_K)
@@ -154,8 +154,8 @@ class SelfSupervised(Supervised):
         "Of the training images as well, and of the neighbours, by one part of five hundred."
         n,m,D = len(data.valid.labels),len(data.train.labels),recipe.model.embed_dim
         train_x,part = (torch.randn(rows, D, device=state.device) for rows in (m,min(n,500)))
-        known,asked,classes = data.train.labels,data.valid.labels[:500],len(data.meta['wnids'])
-        vote = lambda: knn_predictions(train_x, known, part, asked, classes, KNN_K)
+        train_y,eval_y,classes = data.train.labels,data.valid.labels[:500],len(data.meta['wnids'])
+        vote = lambda: knn_predictions(train_x, train_y, part, eval_y, classes, KNN_K)
         vote(); start = time.perf_counter(); vote()   # the first one warms up
         return eval_s*m/n+(time.perf_counter()-start)*n/len(part)
     def epoch_metrics(self, p:Predictions)->dict[str,float]:

@@ -19,10 +19,10 @@ from scipy.stats import binomtest
 
 from ..core.device import pick_precision
 from ..core.display import COLOURS, legend, short_name
-from ..data.augment import AugmentConfig, center_normalize, show_images
+from ..data.augment import show_images
 from ..data.loader import Batches
 from ..data.pack import Pack, Split
-from ..models.pretrained import Network
+from ..models.pretrained import Network, eval_transform
 from ..runs.record import predictions_frame, recompute
 from ..training.metrics import Predictions, predict_split
 
@@ -43,9 +43,8 @@ def logits_of(model:Network,        # with `meta`, as `load_pretrained` gives it
                          'evaluate it on what it was trained for')
     device = model.head.weight.device
     batches = Batches(getattr(data,split), batch_size, shuffle=False, device=device)
-    cfg = AugmentConfig(crop_size=model.cfg.img_size)
-    pixels = lambda b: b.x.flip(-1) if mirrored else b.x
-    view = lambda b: center_normalize(pixels(b), cfg, model.meta['mean'], model.meta['std'])
+    seen = eval_transform(model)
+    view = lambda b: seen(b.x.flip(-1) if mirrored else b.x)
     return predict_split(model, batches.epoch(), view, pick_precision(device,precision))
 
 # %% ../../nbs/5_evaluation/01_predictions.ipynb #5ff13a20

@@ -45,10 +45,10 @@ class Dino(SelfSupervised):
     def check(self, recipe:Recipe): super().check(recipe); check_views(recipe)
     def build(self, cfg:VitConfig)->nn.Module: return DinoModel(cfg, self)
     def loss_fn(self, recipe:Recipe, state:TrainState, meta:dict)->Callable:
-        return self_distillation_loss(state, recipe.augment, self, meta)
+        return self_distillation_loss(state, recipe.augment, self)
     def check_epoch(self, row:dict): check_collapse(row)
     def samples(self, recipe:Recipe, split:Split, meta:dict)->plt.Figure:
-        return show_views(split, meta, recipe.augment, self, seed=recipe.train.seed)
+        return show_views(split, recipe.augment, self, seed=recipe.train.seed)
 
 # %% ../../nbs/6_methods/02_dino.ipynb #5a39bf5a
 def check_dino(dino:Dino):
@@ -124,12 +124,11 @@ def view_configs(aug:AugmentConfig, cfg:Dino,
     small = replace(large, crop_size=cfg.local_size//(1+coarse), scale=cfg.local_scale)
     return [('large',2,large)]+[('small',cfg.local_crops,small)][:cfg.local_crops]
 
-def make_views(batch:Batch, configs:list[tuple[str,int,AugmentConfig]], # as `view_configs` gives them
-               mean:list[float], std:list[float]
+def make_views(batch:Batch, configs:list[tuple[str,int,AugmentConfig]] # as `view_configs` gives them
               )->list[Tensor]: # (2*B,3,H,W) large ones, (n*B,3,h,h) small ones where there are any
     "Views of each image, every one with random numbers of its own."
     draws = lambda name,n: (batch.draws.fork(f'{name} {i}') for i in range(n))
-    return [torch.cat([augment(batch.x, d, aug, mean, std) for d in draws(name,n)]) for name,n,aug in configs]
+    return [torch.cat([augment(batch.x, d, aug) for d in draws(name,n)]) for name,n,aug in configs]
 
 def student_keeps(batch:Batch, n:int, rate:float)->Tensor|None: # (2*B,M)
     "Patches of the two large views, others of each."
@@ -138,14 +137,13 @@ def student_keeps(batch:Batch, n:int, rate:float)->Tensor|None: # (2*B,M)
     return torch.cat([of(0),of(1)])
 
 # %% ../../nbs/6_methods/02_dino.ipynb #868934bb
-def show_views(split:Split, meta:dict, # images, and the mean and std of their pack
-               aug:AugmentConfig, cfg:Dino,
-               n:int=4, seed:int=0     # images, and which
+def show_views(split:Split, aug:AugmentConfig, cfg:Dino,
+               n:int=4, seed:int=0 # images, and which
               )->plt.Figure:
     "A row for each image: itself, the two large views, the small ones."
     batch = next(Batches(split, n, seed).epoch())
     plain = replace(aug, mean=(0.,0.,0.), std=(1.,1.,1.))   # colours fit to be seen
-    views = make_views(batch, view_configs(plain,cfg,batch.x.shape[-1]), meta['mean'], meta['std'])
+    views = make_views(batch, view_configs(plain,cfg,batch.x.shape[-1]))
     of = [v.clamp(0,1).unflatten(0,(-1,n)) for v in views]
     rows = [[batch.x[i]/255, *(v[i] for views in of for v in views)] for i in range(n)]
     return show_images([x for row in rows for x in row], ncols=len(rows[0]))
@@ -158,12 +156,12 @@ def teacher_temperature(cfg:Dino, progress:float)->float: # progress: share of t
 
 # %% ../../nbs/6_methods/02_dino.ipynb #5f37f99a
 def self_distillation_loss(state:TrainState, # of a `DinoModel`; its average is the teacher
-                           aug:AugmentConfig, cfg:Dino, meta:dict
+                           aug:AugmentConfig, cfg:Dino
                           )->Callable:       # (model, batch, progress) -> loss, others by name
     "The loss of a student whose teacher is its own average."
     teacher,own = state.ema,state.model
     def step_loss(model:nn.Module, batch:Batch, temperature:Tensor, configs:list, drop:float):
-        views = make_views(batch, configs, meta['mean'], meta['std'])
+        views = make_views(batch, configs)
         with torch.no_grad():
             known = teacher.encoder(views[0]).float()
             cosines = teacher.head(known)

@@ -34,7 +34,7 @@ class Teacher:
     "A trained network, asked about images as a student is shown them: (B,3,H,W) -> (B,K) logits."
     def __init__(self, name:str,      # as `load_pretrained` takes it
                  meta:dict,           # of the student's data
-                 aug:AugmentConfig,   # of the student
+                 aug:AugmentConfig,   # of the student, mean and std filled in
                  img_size:int,        # pixels a side that the student is shown
                  device:torch.device):
         self.network = net = load_pretrained(name, device).requires_grad_(False)
@@ -44,7 +44,7 @@ class Teacher:
             raise ValueError(f"teacher='{name}' sees {net.cfg.img_size} pixels a side, not {img_size}")
         self.classes = torch.tensor([theirs.index(w) for w in meta['wnids']], device=device)
         of = lambda v: torch.tensor(v, device=device).view(3,1,1)
-        mean,std,own = of(aug.mean or meta['mean']),of(aug.std or meta['std']),of(net.meta['std'])
+        mean,std,own = of(aug.mean),of(aug.std),of(net.meta['std'])
         self.scale,self.shift = std/own,(mean-of(net.meta['mean']))/own
     @torch.no_grad()
     def __call__(self, x:Tensor)->Tensor: return self.network(x*self.scale+self.shift)[:,self.classes]
@@ -62,9 +62,9 @@ class Distill(Supervised):
             ('temperature', self.temperature>0, 'has to be above 0'))
         expand_home(self, 'teacher')
     def loss_fn(self, recipe:Recipe, state:TrainState, meta:dict)->Callable:
-        cfg,aug = recipe.train,recipe.augment
+        aug = recipe.augment
         teacher = Teacher(self.teacher, meta, aug, recipe.model.img_size, state.device)
         warn_minival_leak(recipe, 'teacher', self.teacher, teacher.network.meta['wnids'], meta)
         soft = lambda x,logits: distillation_loss(logits, teacher(x), self.temperature)
         mixed = lambda x,logits,loss: torch.lerp(loss, soft(x,logits), self.share)
-        return supervised_loss(cfg, aug, meta['mean'], meta['std'], mixed, state.compiled)
+        return supervised_loss(recipe.train, aug, mixed, state.compiled)

@@ -45,9 +45,9 @@ class Mae(SelfSupervised):
     def check(self, recipe:Recipe): super().check(recipe); check_mae(recipe)
     def build(self, cfg:VitConfig)->nn.Module: return MaskedAutoencoder(cfg, self)
     def loss_fn(self, recipe:Recipe, state:TrainState, meta:dict)->Callable:
-        return mae_loss(recipe.augment, self, meta, state.compiled)
+        return mae_loss(recipe.augment, self, state.compiled)
     def figures(self, recipe:Recipe, model:nn.Module, split:Split, meta:dict)->dict[str,plt.Figure]:
-        return dict(reconstructions=show_reconstructions(model, split, meta, recipe.augment, self))
+        return dict(reconstructions=show_reconstructions(model, split, recipe.augment, self))
 
 # %% ../../nbs/6_methods/01_mae.ipynb #6e6a3770
 class MaskedAutoencoder(nn.Module):
@@ -86,12 +86,12 @@ def masked_mse(guess:Tensor, target:Tensor, # (B,N,p*p*3)
     return ((guess.float()-target).square().mean(2)*hidden).sum()/hidden.sum()
 
 # %% ../../nbs/6_methods/01_mae.ipynb #4b8dcaad
-def mae_loss(aug:AugmentConfig, mae:Mae, meta:dict,
+def mae_loss(aug:AugmentConfig, mae:Mae,
              compiled:Callable=lambda f: f # see `supervised_loss`
             )->Callable:                   # (model, batch, progress) -> loss, {}
     "The loss function of `fit`: another random part of each image is hidden every epoch."
     def step_loss(model:nn.Module, batch:Batch):
-        x = augment(batch.x, batch.draws, aug, meta['mean'], meta['std'])
+        x = augment(batch.x, batch.draws, aug)
         keep = patches_to_keep(batch, model.cfg.num_patches, mae.mask_ratio)
         target,_,_ = patch_targets(x, model.cfg.patch_size, mae.norm_pix_loss)
         return masked_mse(model(x,keep), target, keep), {}
@@ -123,16 +123,17 @@ def reconstructions(model:MaskedAutoencoder,
 
 # %% ../../nbs/6_methods/01_mae.ipynb #a3a0762c
 def show_reconstructions(model:MaskedAutoencoder,
-                         split:Split, meta:dict, # images, and the mean and std of their pack
-                         aug:AugmentConfig, mae:Mae,
+                         split:Split,
+                         aug:AugmentConfig, # mean and std filled in
+                         mae:Mae,
                          n:int=8, seed:int=0     # images, and which
                         )->plt.Figure:
     "Images, what is seen of them, and that with the guess in the place of the rest: a row each."
     batch,device = next(Batches(split, n, seed).epoch()),model.mask_token.device   # not the whole split there
-    x = center_normalize(batch.x, aug, meta['mean'], meta['std']).to(device)
+    x = center_normalize(batch.x, aug).to(device)
     keep = patches_to_keep(batch, model.cfg.num_patches, mae.mask_ratio).to(device)
     rows = torch.cat([x, reconstructions(model,x,keep,mae)])
-    mean,std = (torch.tensor(getattr(aug,k) or meta[k], device=device).view(3,1,1) for k in ('mean','std'))
+    mean,std = (torch.tensor(v, device=device).view(3,1,1) for v in (aug.mean,aug.std))
     return show_images((rows*std+mean).clamp(0,1), ncols=n)
 
 # %% ../../nbs/6_methods/01_mae.ipynb #2e3270bb

@@ -6,13 +6,14 @@
 __all__ = ['RELEASE_META', 'HEADER', 'OLDEST', 'Network', 'NETWORKS', 'MAX_SIDE', 'MAX_PATCHES', 'MAX_RELEASE', 'MAX_HEADER',
            'COMPATIBLE_FIELDS', 'build_model', 'release_header', 'write_release', 'nonfinite', 'half', 'floats',
            'save_release', 'check_header', 'explain_damage', 'read_header', 'build_from_header', 'load_release',
-           'list_pretrained', 'load_pretrained', 'positions_for', 'load_init_weights']
+           'list_pretrained', 'load_pretrained', 'eval_transform', 'positions_for', 'load_init_weights']
 
 # %% ../../nbs/2_models/04_pretrained.ipynb #04e67fcb
 import contextlib, json
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
+from typing import Callable
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..core.config import one_of
 from ..core.files import atomic_write, expand
+from ..data.augment import AugmentConfig, center_normalize
 from ..data.decode import BITS
 from ..data.hub import from_hub
 from .resnet import ResNet, ResNetConfig
@@ -179,6 +181,14 @@ def load_pretrained(name:str='laptop',            # of `list_pretrained()`, a re
         known = ', '.join(list_pretrained()) or 'none'
         raise ValueError(f"'{name}' is no file, not 'hf:owner/name', and not shipped; shipped are: {known}")
     return load_release(list_pretrained()[name], device)
+
+# %% ../../nbs/2_models/04_pretrained.ipynb #71d94810
+def eval_transform(model:Network # with `meta`, as `load_pretrained` gives it
+                  )->Callable:   # (B,3,H,W) uint8, H and W the image size -> (B,3,h,w) float32
+    "The evaluation transform of a trained network: center crop, normalisation."
+    mean,std = (tuple(model.meta[k]) for k in ('mean','std'))
+    cfg = AugmentConfig(crop_size=model.cfg.img_size, mean=mean, std=std)
+    return lambda x: center_normalize(x, cfg)
 
 # %% ../../nbs/2_models/04_pretrained.ipynb #9d2d35eb
 # what a network with the same weights may have otherwise

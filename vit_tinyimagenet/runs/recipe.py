@@ -37,12 +37,11 @@ class Supervised:
     def build(self, cfg:VitConfig|ResNetConfig)->nn.Module: return build_model(cfg) # what is trained
     def encoder(self, model:nn.Module)->nn.Module: return model # what is released of it
     def loss_fn(self, recipe, state:TrainState, meta:dict)->Callable: # (model, batch, progress) -> loss, {}
-        aug = recipe.augment
-        return supervised_loss(recipe.train, aug, meta['mean'], meta['std'], compiled=state.compiled)
+        return supervised_loss(recipe.train, recipe.augment, compiled=state.compiled)
     def predictions(self, recipe, model:nn.Module,
                     train_split:Split, # that it was trained on
                     batches:Batches, meta:dict, state:TrainState)->Predictions: # of these images
-        return predict_split(model, batches.epoch(), clean_view(recipe,meta), state.precision)
+        return predict_split(model, batches.epoch(), clean_view(recipe), state.precision)
     def more_eval_s(self, recipe, eval_s:float, data:Pack, state:TrainState)->float: # beside `eval_s`
         return 0.
     def epoch_metrics(self, p:Predictions)->dict[str,float]: return p.summary() # for the log
@@ -130,9 +129,9 @@ def named_splits(recipe:Recipe)->dict[str,str]:
                 split='minival' if recipe.tuning else 'valid')
 
 # %% ../../nbs/4_runs/03_recipe.ipynb #f332e751
-def clean_view(recipe:Recipe, meta:dict)->Callable: # batch -> (B,3,H,W)
+def clean_view(recipe:Recipe)->Callable: # batch -> (B,3,H,W)
     "The evaluation transform of a recipe."
-    return lambda b: center_normalize(b.x, recipe.augment, meta['mean'], meta['std'])
+    return lambda b: center_normalize(b.x, recipe.augment)
 
 def eval_loader(split:Split, recipe:Recipe, state:TrainState)->Batches:
     "Batches of a split in its own order, drawing other random numbers than the training does."
@@ -147,5 +146,5 @@ def make_evaluator(recipe:Recipe, train_split:Split, split:Split|None, meta:dict
     if not recipe.train.watch_augmented:
         goal,rest = recipe.objective,(train_split, batches, meta, state)
         return lambda m: goal.epoch_metrics(goal.predictions(recipe, m, *rest))
-    view = lambda b: augment(b.x, b.draws, recipe.augment, meta['mean'], meta['std'])
+    view = lambda b: augment(b.x, b.draws, recipe.augment)
     return lambda m: predict_split(m, batches.epoch(state.epoch), view, state.precision).summary()

@@ -55,9 +55,9 @@ def provenance(device:torch.device)->dict:
 # %% ../../nbs/4_runs/01_record.ipynb #6da35abf
 def _mac_chip()->str: # such as 'Apple M3'; empty elsewhere
     if sys.platform!='darwin': return ''
-    asked = subprocess.run(['sysctl','-n','machdep.cpu.brand_string'], capture_output=True,
+    found = subprocess.run(['sysctl','-n','machdep.cpu.brand_string'], capture_output=True,
                            encoding='utf-8')
-    return asked.stdout.strip()
+    return found.stdout.strip()
 
 def hardware(device:torch.device)->str:
     "What computes, in words: the name of a GPU, or of a CPU with its instruction set and threads."

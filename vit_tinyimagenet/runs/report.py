@@ -83,10 +83,8 @@ def draw_record(job:Job):
 # %% ../../nbs/4_runs/04_report.ipynb #0855d3a7
 def release(job:Job):
     "Write the averaged weights, with the mean and deviation that the network was shown."
-    aug,meta = job.recipe.augment,job.data.meta
-    seen = dict(mean=aug.mean or meta['mean'], std=aug.std or meta['std'])
-    encoder = job.recipe.objective.encoder(job.state.averaged())
-    save_release(encoder, job.folder/'model.safetensors', {**meta, **seen})
+    aug,encoder = job.recipe.augment,job.recipe.objective.encoder(job.state.averaged())
+    save_release(encoder, job.folder/'model.safetensors', {**job.data.meta, 'mean':aug.mean, 'std':aug.std})
 
 # %% ../../nbs/4_runs/04_report.ipynb #f9a04bda
 def check_there(folder:Path):

@@ -23,6 +23,7 @@ from ..core.device import deterministic, in_notebook, pick_device
 from ..core.distributed import (all_reduce_max, assert_same_on_all_ranks, print_rank0,
                                                process_group, world)
 from ..core.files import expand, lock, sweep
+from ..data.augment import with_statistics
 from ..data.hub import from_hub
 from ..data.loader import Batches, to_device
 from ..data.pack import Pack, Split
@@ -149,7 +150,7 @@ def resume(state:TrainState, folder:Path,
 KNN_K = 20   # training images, where an encoder is evaluated by its neighbours
 
 def resolve_recipe(recipe:Recipe, data:Pack
-                  )->Recipe: # with the number of classes filled in
+                  )->Recipe: # with the number of classes, mean and deviation filled in
     "Raise `ValueError` where the model does not fit the data."
     n,size = len(data.meta['wnids']),recipe.augment.crop_size or data.meta['img_size']
     labelled = recipe.objective.uses_labels
@@ -162,7 +163,7 @@ def resolve_recipe(recipe:Recipe, data:Pack
     fits = recipe.model.num_classes==n or not labelled
     check_fields(recipe, ('model.num_classes', fits, f'{data.folder} has {n} classes'),
         ('model.img_size', recipe.model.img_size==size, f'after augment.crop_size images have {size} pixels'))
-    return recipe
+    return replace(recipe, augment=with_statistics(recipe.augment, data.meta['mean'], data.meta['std']))
 
 # %% ../../nbs/4_runs/05_runner.ipynb #1962ec25
 def warn_minival_leak(recipe:Recipe,
@@ -208,7 +209,7 @@ def loop_parts(recipe:Recipe, data:Pack, train_on:Split, state:TrainState)->tupl
 
 def seconds_to_evaluate(recipe:Recipe, data:Pack, state:TrainState)->float:
     "What the final evaluation will take, by two batches of it, again and again."
-    batches,view = eval_loader(data.valid, recipe, state),clean_view(recipe, data.meta)
+    batches,view = eval_loader(data.valid, recipe, state),clean_view(recipe)
     two,marks = list(itertools.islice(itertools.cycle(batches.epoch()), 2)),[]
     for _ in range(5):   # the first one warms up; the median, since a machine may sleep meanwhile
         marks.append(time.perf_counter())

@@ -27,25 +27,25 @@ from .step import TrainState, check_state_finite, train_step
 class StopRequest:
     "A context in which Ctrl-C and SIGTERM, or the end of `minutes`, set `reason` instead of raising."
     def __init__(self, minutes:float|None=None):
-        self.minutes,self.asked,self.reason = minutes,'',''   # `reason` is agreed upon
+        self.minutes,self.requested,self.reason = minutes,'',''   # `reason` is agreed upon
     def __enter__(self):
         self.start,self.old = time.monotonic(),{}
         if threading.current_thread() is threading.main_thread():   # Python allows handlers nowhere else
             self.old = {s:signal.signal(s,self._ask) for s in (signal.SIGINT,signal.SIGTERM)}
         return self
     def _ask(self, number, frame):
-        self.asked = signal.Signals(number).name
+        self.requested = signal.Signals(number).name
         if number==signal.SIGINT: signal.signal(number, self.old[number])   # a second Ctrl-C does not wait
     def pressed(self)->bool: # the same for all processes
         "Whether a signal came, whatever the time."
-        return bool(all_reduce_max(self.asked.startswith('SIG')))
+        return bool(all_reduce_max(self.requested.startswith('SIG')))
     def __exit__(self, *exc):
         for s,handler in self.old.items(): signal.signal(s, handler)
     def __bool__(self)->bool: # the same for all processes, which wait for each other here
         reasons = ('','SIGINT','SIGTERM',f'the end of {self.minutes or 0:g} minutes')
         over = self.minutes is not None and time.monotonic()-self.start>=self.minutes*60
-        if over and not self.asked: self.asked = reasons[-1]
-        if not self.reason: self.reason = reasons[all_reduce_max(reasons.index(self.asked))]
+        if over and not self.requested: self.requested = reasons[-1]
+        if not self.reason: self.reason = reasons[all_reduce_max(reasons.index(self.requested))]
         return bool(self.reason)
 
 # %% ../../nbs/3_training/08_loop.ipynb #1ae9faad

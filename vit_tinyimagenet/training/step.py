@@ -95,15 +95,13 @@ def patches_to_keep(batch:Batch,
 
 # %% ../../nbs/3_training/05_step.ipynb #595f36b6
 def supervised_loss(cfg:TrainConfig,
-                    aug:AugmentConfig,
-                    mean:list[float], # of the dataset, 3 in 0..1
-                    std:list[float],  # of the dataset, 3
+                    aug:AugmentConfig, # mean and std filled in
                     more:Callable|None=None, # (images as augmented, whole; logits; loss) -> loss
                     compiled:Callable=lambda f: f # of a function of (model, batch, phase of the run)
                    )->Callable:       # (model, batch, progress) -> loss, dict(top1)
     "Cross-entropy with label smoothing on augmented images, some patches dropped."
     def step_loss(model:nn.Module, batch:Batch, mixed:bool, low:bool, drop:float):
-        x,target = augment(batch.x, batch.draws, aug, mean, std),batch.y
+        x,target = augment(batch.x, batch.draws, aug),batch.y
         if mixed: x,target = cutmix(x, batch.y, batch.draws, aug.cutmix, model.cfg.num_classes)
         keep = patches_to_keep(batch, model.cfg.num_patches, drop) if drop else None
         logits = model(F.avg_pool2d(x,2) if low else x, keep).float()
