@@ -269,7 +269,7 @@ assert Path(vt.__file__).is_relative_to(sys.argv[1]), vt.__file__
 assert list_pretrained(), 'no weights in the wheel'
 for name in list_pretrained():
     model = vt.load_pretrained(name)
-    known, side = len(model.meta['wnids']), model.cfg.img_size
+    known, side = len(model.info.wnids), model.cfg.img_size
     assert known == model.cfg.num_classes, name   # none of an encoder, which gives its features
     assert model(torch.zeros(1, 3, side, side)).shape == (1, known or model.cfg.embed_dim), name
 """

@@ -135,8 +135,8 @@ def noise(n=64, n_valid=40):
     g = torch.Generator().manual_seed(0)
     pixels = lambda n: torch.randint(256, (n, 3, 64, 64), generator=g, dtype=torch.uint8)
     split = lambda n: data.Split(pixels(n), torch.arange(n)%200, [f'{i}.png' for i in range(n)])
-    meta = dict(pretrained.load_pretrained('laptop').meta, img_size=64, data_sha256='0', source='noise')
-    return SimpleNamespace(folder=Path('noise'), meta=meta, train=split(n), valid=split(n_valid))
+    info = replace(pretrained.load_pretrained('laptop').info, data_sha256='0', source='noise')
+    return SimpleNamespace(folder=Path('noise'), info=info, train=split(n), valid=split(n_valid))
 
 
 class Enough(Exception):
@@ -246,7 +246,7 @@ def fit(recipe, pack, **kwargs):
     "A recipe's loop with what it watches; the state after it."
     recipe = runner.resolve_recipe(recipe, pack)
     state = runner.new_state(recipe, pack)
-    watch = runner.make_evaluator(recipe, pack.train, pack.valid, pack.meta, state)
+    watch = runner.make_evaluator(recipe, pack.train, pack.valid, pack.info, state)
     loop.fit(state, *runner.loop_parts(recipe, pack, pack.train, state), watch, log=lambda row: None,
              num_classes=recipe.model.num_classes, **kwargs)
     return state
@@ -376,7 +376,7 @@ def evaluates():
             x, layer = torch.rand(2, 3, 64, 64, device='cuda'), None if name == 'laptop' else model.blocks
             for target in (None, torch.zeros(2, dtype=torch.long, device='cuda')):
                 assert len(explain.grad_cam(model, x, target=target, layer=layer)) == 2
-            pretrained.save_release(model, Path(d)/'model.safetensors', pack.meta)
+            pretrained.save_release(model, Path(d)/'model.safetensors', pack.info)
 
 
 @whole('explain')
@@ -411,9 +411,9 @@ def encoders_predict():
         with OnCuda():
             state = runner.new_state(recipe, pack)
             asked = runner.eval_loader(pack.valid, recipe, state)
-            rest = pack.train, asked, pack.meta, state
+            rest = pack.train, asked, pack.info, state
             assert recipe.objective.predictions(recipe, state.averaged(), *rest).summary()
-            recipe.objective.figures(recipe, state.averaged(), pack.valid, pack.meta)
+            recipe.objective.figures(recipe, state.averaged(), pack.valid)
 
 
 @whole('eight bits')

@@ -61,11 +61,11 @@ def open_twin(work): return data.open_data(twin(work), work)
 
 def random_release(vit, work, name):
     "A release file of an untrained network for the twin: weights that ship with the package may not be here."
-    meta, path = open_twin(work).meta, work/f'{name}-{os.getpid()}.safetensors'
+    info, path = open_twin(work).info, work/f'{name}-{os.getpid()}.safetensors'
     torch.manual_seed(1)
-    model = VisionTransformer(replace(vit, num_classes=len(meta['wnids']), weight_init='torch'))
+    model = VisionTransformer(replace(vit, num_classes=len(info.wnids), weight_init='torch'))
     torch.nn.init.normal_(model.head.weight, std=.5)   # a head of zeros would tell all images alike
-    save_release(model, path, meta)
+    save_release(model, path, info)
     return str(path)
 
 
@@ -328,7 +328,7 @@ def same_answers(device, work):
     a, b = (predict(image, m) for m in models)
     yield judged('predict', far(*(torch.tensor(t.probability.to_numpy()) for t in (a, b))), 1e-4)
     batch = next(Batches(pack.valid, 16, shuffle=False).epoch())
-    x, y = normalize(batch.x, pack.meta['mean'], pack.meta['std']), batch.y
+    x, y = normalize(batch.x, pack.info.mean, pack.info.std), batch.y
     kinds = dict(grad_cam=explain.grad_cam, attention_maps=lambda m, x, y: explain.attention_maps(m, x),
                  rollout=lambda m, x, y: explain.rollout(explain.attention_maps(m, x)),
                  patch_filters=lambda m, x, y: explain.patch_filters(m).abs(),
@@ -340,7 +340,7 @@ def same_answers(device, work):
 
 def same_neighbours(pack, models, device):
     "Features and k-nearest neighbours of an encoder."
-    view = lambda b: normalize(b.x, pack.meta['mean'], pack.meta['std'])
+    view = lambda b: normalize(b.x, pack.info.mean, pack.info.std)
     known = []
     for m, d in zip(models, ('cpu', device)):
         encoder = copy.deepcopy(m)
@@ -349,7 +349,7 @@ def same_neighbours(pack, models, device):
         known.append((of(pack.train), of(pack.valid)))
     (a, ask_a), (b, ask_b) = known
     yield judged('features', far(a[0], b[0]), 1e-4)
-    near = [frozen.knn_predictions(*train, *asked, len(pack.meta['wnids'])) for train, asked in known]
+    near = [frozen.knn_predictions(*train, *asked, len(pack.info.wnids)) for train, asked in known]
     yield judged('neighbours', far(near[0].logits.exp(), near[1].logits.exp()), 1e-2)
 
 

@@ -150,13 +150,14 @@ def rates(device, report):
 
 
 def noise(n, size=64):
-    "Images of noise, the same ones in turn, as a pack's split and what its meta says."
+    "Images of noise, the same ones in turn, as a pack's split and what is known of it."
     import torch
-    from vit_tinyimagenet.data.pack import Split
+    from vit_tinyimagenet.data.pack import DatasetInfo, Split
     images = torch.randint(0, 256, (min(n, 1024), 3, size, size), dtype=torch.uint8)
     split = Split(images, torch.arange(n) % 200, ['']*n, torch.arange(n) % len(images))
-    meta = dict(mean=[.48, .45, .4], std=[.28, .27, .28], wnids=[str(i) for i in range(200)], img_size=size)
-    return SimpleNamespace(folder='noise', train=split, valid=split, meta=meta)
+    classes = [str(i) for i in range(200)]
+    info = DatasetInfo(classes, classes, [.48, .45, .4], [.28, .27, .28], size)
+    return SimpleNamespace(folder='noise', train=split, valid=split, info=info)
 
 
 def ours(device, report, make, mode):

@@ -169,7 +169,7 @@ class Torture:
         both = ('alone', 'killed')
         packs = [data.open_data(self.archive, home(name)) for name in both]
         names = [sorted(p.relative_to(home(name)).as_posix() for p in home(name).rglob('*')) for name in both]
-        same = packs[0].meta == packs[1].meta and all(p.is_intact() for p in packs) and names[0] == names[1]
+        same = packs[0].info == packs[1].info and all(p.is_intact() for p in packs) and names[0] == names[1]
         for name in both: shutil.rmtree(home(name))
         return [] if same else ['pack']
 
@@ -280,7 +280,7 @@ def main():
     places = Counter(k['killed_in'] for k in t.kills)
     report = dict(kills=len(t.kills), killed_in=places, lost=len(lost), differences=cases, full_disk=disk,
                   lost_machine=machine, each=t.kills, options=OPTIONS, seed=args.seed,
-                  source=pack.meta['source'], data_sha256=pack.meta['data_sha256'],
+                  source=pack.info.source, data_sha256=pack.info.data_sha256,
                   wall_s=round(time.monotonic() - start), **here)
     write_json(ROOT/'results'/'trust'/'torture.json', report)
     print(f"{report['kills']} kills, {report['lost']} things lost")

@@ -81,7 +81,7 @@ def file_mb(runtime:str, form:str, run:Callable, # as the functions above name a
     if form=='fp32': return 4e-6*sum(t.numel() for t in run.model.parameters())
     # a release has 16 bits a weight, whatever the products are made in
     save,ending = (save_release,'') if form=='bf16' else (save_int8,'-'+form.replace(' ','-'))
-    save(run.model, path := stem.with_name(f'{stem.name}{ending}.safetensors'), run.meta)
+    save(run.model, path := stem.with_name(f'{stem.name}{ending}.safetensors'), run.info)
     return path.stat().st_size/1e6
 
 def accuracy_table(model:Network, data:Pack, stem:Path # of the files: a folder and a name
@@ -156,11 +156,14 @@ def frontier(accuracy:pd.DataFrame, latency:pd.DataFrame, # as `write_tables` wr
 # %% ../../nbs/8_bench/04_compare.ipynb #f6003378
 def plot_frontier(table:pd.DataFrame # as `frontier` gives it
                  )->plt.Figure:
-    "Top-1 against megabytes and against milliseconds: a colour for each network, a sign for each form."
+    "Top-1 against megabytes and milliseconds, a colour for each network; the line joins the best."
     fig,axes = plt.subplots(1, 2, figsize=(9,3.6), sharey=True)
     colour = dict(zip(table.weights.unique(), COLOURS))
     sign = dict(zip(table.form.unique(), 'osv^DP'))
     for ax,x,label in zip(axes, ('mb','ms'), ('file (MB)','one image (ms)')):
+        best = table.sort_values([x,'top1'], ascending=[True,False])
+        best = best[best.top1>best.top1.cummax().shift(fill_value=0)]
+        ax.plot(best[x], 100*best.top1, color='grey', lw=1, zorder=0, drawstyle='steps-post')
         for r in table.itertuples():
             ax.scatter(getattr(r,x), 100*r.top1, color=colour[r.weights], marker=sign[r.form], s=36, alpha=.8)
         ax.set(xscale='log', xlabel=label)
@@ -185,7 +188,7 @@ def named_models(names:list[str], # of weights, as `load_pretrained` takes them
     models = {short(Path(n).absolute()):load_pretrained(n) for n in names}
     if len(models)<len(names): raise ValueError(f"{', '.join(names)}: two of one name; rename a file")
     for name,model in models.items():
-        if not model.meta['wnids']: raise ValueError(f'{name}: an encoder without a head; tune it to labels')
+        if not model.info.wnids: raise ValueError(f'{name}: an encoder without a head; tune it to labels')
     return models
 
 def earlier_rows(path:Path)->pd.DataFrame: # all of it text
@@ -207,11 +210,11 @@ def replace_rows(path:Path, table:pd.DataFrame): # of some `weights`
 def packs_for(models:dict[str,Network], source:str # as `open_data` takes it
              )->dict[str,Pack]:
     "The data of each model, its images of the size that it wants; raises `ValueError` where it is another's."
-    packs = {name:open_data(source, img_size=m.meta['img_size']) for name,m in models.items()}
+    packs = {name:open_data(source, img_size=m.info.img_size) for name,m in models.items()}
     for (name,m),data in zip(models.items(), packs.values()):
-        has,wants = (meta['img_size'] for meta in (data.meta,m.meta))   # a pack's folder has its own
+        has,wants = (info.img_size for info in (data.info,m.info))   # a pack's folder has its own
         if has!=wants: raise ValueError(f'{data.folder}: images of {has} pixels, {name} wants {wants}')
-        if m.meta['wnids']!=data.meta['wnids']:
+        if m.info.wnids!=data.info.wnids:
             raise ValueError(f'{name}: not of the classes of {data.folder}; take those that it learned')
     return packs
 

@@ -232,7 +232,7 @@ def bench_imports(rounds:int)->pd.DataFrame: # name, seconds, over_torch
     return pd.DataFrame(dict(name=m.index, seconds=m.values, over_torch=m.values-m['torch']))
 
 # %% ../../nbs/8_bench/03_suite.ipynb #054331da
-TITLES = dict(readme="the original README's model", laptop='laptop', laptop_half='laptop, half of the patches')
+TITLES = dict(readme="model of the original's README", laptop_half='laptop, half of the patches')
 
 def plot_steps(table:pd.DataFrame # from `bench_steps`
               )->plt.Figure:

@@ -222,5 +222,5 @@ def audit(pack:Pack)->Audit:
     splits = dict(train=pack.train, valid=pack.valid)
     images = Gallery(splits)
     same = equal_pairs([d for x in images.chunks() for d in pixel_digests(x)])
-    counts = count_images(splits).assign(grey_files=pd.Series(pack.meta['grey']))
+    counts = count_images(splits).assign(grey_files=pd.Series(pack.info.grey))
     return Audit(counts, pair_table(images,same), near_pairs(images,same))

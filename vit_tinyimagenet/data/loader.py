@@ -8,6 +8,7 @@ __all__ = ['GPU_SHARE', 'minival_split', 'hold_out_minival', 'subset_classes', '
 
 # %% ../../nbs/1_data/08_loader.ipynb #93336472
 import copy, math
+from dataclasses import replace
 from typing import Iterator, NamedTuple
 
 import torch
@@ -37,8 +38,8 @@ def hold_out_minival(data:Pack)->Pack:
     "Train less minival, and minival, a fifth of each class or 50, in the place of the validation images."
     part,counts = copy.copy(data),data.train.labels.bincount()
     if (least := int(counts.min()))<2:
-        lone = data.meta['names'][counts.argmin()]
-        raise ValueError(f"{data.meta['source']}: class {lone} has {least} training image, and minival "
+        lone = data.info.names[counts.argmin()]
+        raise ValueError(f"{data.info.source}: class {lone} has {least} training image, and minival "
                          '(--tuning, --train.watch minival) takes one of each; add some to it')
     fit_on,held = minival_split(data.train.labels, (counts//5).clamp(1,50))
     part.train,part.valid = data.train.take(fit_on),data.train.take(held)
@@ -53,11 +54,11 @@ def subset_classes(data:Pack,
                    n:int # as many, in label order
                   )->Pack:
     "Only the images of some classes; raises `ValueError` where there are not so many."
-    wnids,names = data.meta['wnids'],data.meta['names']
+    wnids,names = data.info.wnids,data.info.names
     if not 1<=n<=len(wnids): raise ValueError(f'classes={n}: {data.folder} has {len(wnids)}')
     part = copy.copy(data)
     part.train,part.valid = (s.take((s.labels<n).nonzero()[:,0]) for s in (data.train,data.valid))
-    part.meta = {**data.meta, 'wnids':wnids[:n], 'names':names[:n]}
+    part.info = replace(data.info, wnids=wnids[:n], names=names[:n])
     return part
 
 def subset_per_class(data:Pack,

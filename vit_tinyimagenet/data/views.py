@@ -13,11 +13,11 @@ import matplotlib.pyplot as plt
 from ..core.display import short_name
 from .augment import AugmentConfig, augment, show_images
 from .loader import Batches
-from .pack import Split
+from .pack import DatasetInfo, Split
 
 # %% ../../nbs/1_data/11_views.ipynb #e938196e
 def show_batch(split:Split,
-               meta:dict,                    # of the pack: names
+               info:DatasetInfo,                    # of the pack: names
                cfg:AugmentConfig|None=None,  # the training view; None for images as they are
                n:int=16, seed:int=0,         # images, and the run's seed
                epoch:int=0                   # counted from 0
@@ -28,17 +28,17 @@ def show_batch(split:Split,
     if cfg:   # mean 0 and deviation 1 keep the colours fit to be seen
         cfg = replace(cfg, mean=(0.,0.,0.), std=(1.,1.,1.))
         x = augment(x, batch.draws, cfg).clamp(0,1)
-    return show_images(x, [short_name(meta['names'][i]) for i in batch.y])
+    return show_images(x, [short_name(info.names[i]) for i in batch.y])
 
 # %% ../../nbs/1_data/11_views.ipynb #fc5a88c0
 def class_sheet(split:Split,
-                meta:dict,     # of the pack: names
+                info:DatasetInfo,     # of the pack: names
                 ncols:int=10,  # classes a row
                 nth:int=0      # which image of each class
                )->plt.Figure:
     "One image of every class under its name; raises `IndexError` where a class has fewer."
     order = split.labels.argsort(stable=True)
-    counts = split.labels.bincount(minlength=len(meta['names']))
+    counts = split.labels.bincount(minlength=len(info.names))
     if counts.min()<=nth: raise IndexError(f'nth={nth}: the smallest class has {counts.min()} images')
     rows = order[counts.cumsum(0)-counts+nth]
-    return show_images(split.images[split.at(rows)], [short_name(n) for n in meta['names']], ncols)
+    return show_images(split.images[split.at(rows)], [short_name(n) for n in info.names], ncols)

@@ -62,7 +62,7 @@ def uploaded(path:str|Path,
 def centre_view(image:Image.Image|np.ndarray, model:Network, side:int=256
                )->torch.Tensor: # (1,3,side,side) uint8
     "What the model gets of an image, in more pixels than it gets."
-    whole = round(side*model.meta['img_size']/model.cfg.img_size)   # some models are shown a crop
+    whole = round(side*model.info.img_size/model.cfg.img_size)   # some models are shown a crop
     x,edge = to_square(read_image(image,2*whole), whole),(whole-side)//2
     return torch.from_numpy(x[:,edge:edge+side,edge:edge+side].copy())[None]
 
@@ -77,7 +77,7 @@ def look(image:Image.Image|np.ndarray, # (H,W,3) uint8, where it is an array
     maps = [grad_cam(model, x, layer=None if attends else model.blocks)]
     if attends: maps.append(rollout(attention_maps(model,x)))
     shown = [s.permute(1,2,0).numpy() for s in (large[0],*((255*overlay(large,m)[0]).byte() for m in maps))]
-    names,wnids = model.meta['names'],model.meta['wnids']   # some names stand for two classes
+    names,wnids = model.info.names,model.info.wnids   # some names stand for two classes
     label = lambda i: names[i] if names.count(names[i])==1 else f'{names[i]} ({wnids[i]})'
     return {label(i):q for i,q in zip(best.tolist(),p.tolist())},shown+[None]*(3-len(shown))
 
@@ -85,7 +85,7 @@ def look(image:Image.Image|np.ndarray, # (H,W,3) uint8, where it is an array
 def samples(data:str|None, n:int=16)->list[tuple[np.ndarray,str]]: # n of (64,64,3) uint8, name
     "Some validation images of a dataset, each of another class; none without one."
     if data is None: return []
-    split,names = (pack := open_data(data)).valid,pack.meta['names']
+    split,names = (pack := open_data(data)).valid,pack.info.names
     first = {int(y):i for i,y in reversed(list(enumerate(split.labels.tolist())))}   # of each class
     chosen = sorted(first)[::max(1,len(first)//n)][:n]
     pixels = lambda i: split.images[split.at(torch.tensor([i]))][0].permute(1,2,0).numpy()
@@ -105,7 +105,7 @@ def page(named:dict[str,Path],                # as `runs` gives it
     def shown(chosen, name): # a file that Gradio has stored, or a number of `given`
         if chosen is None: return None,None,None,None
         try:
-            bits = loaded(named[name]).meta.get('bits')
+            bits = loaded(named[name]).info.bits
             image = given[chosen][0] if isinstance(chosen,int) else uploaded(chosen, bits=bits)
             said,images = look(image, named[name])
         except (ValueError,OSError,MemoryError) as e:

@@ -19,21 +19,21 @@ from ..core.config import check_fields
 from ..core.files import atomic_write
 from ..data.hub import require
 from ..models.pretrained import (MAX_RELEASE, Network, check_header, eval_transform,
-                                                explain_damage, release_header)
+                                                explain_damage, info_of, release_header)
 from ..models.vit import VisionTransformer
 from ..runs.record import write_json
 
 # %% ../../nbs/7_deploy/02_export.ipynb #c4e6fd34
 class InferenceModel(nn.Module):
     "A network on the CPU with crop and normalisation inside: (B,3,H,W) uint8 -> (B,K) logits."
-    def __init__(self, model:Network): # with `meta`, as `load_pretrained` gives it; it is copied
+    def __init__(self, model:Network): # with `info`, as `load_pretrained` gives it; it is copied
         super().__init__()
-        self.model,self.meta = copy.deepcopy(model).cpu().eval(),model.meta
+        self.model,self.info = copy.deepcopy(model).cpu().eval(),model.info
         self.view_of = eval_transform(model)   # (B,3,H,W) uint8 -> (B,3,h,w) float32
     def forward(self, pixels:Tensor)->Tensor: return self.model(self.view_of(pixels))
     def noise(self, n:int)->Tensor: # (n,3,H,W) uint8
         "Images to trace and to compare with, which mean nothing."
-        size,g = self.meta['img_size'],torch.Generator().manual_seed(0)
+        size,g = self.info.img_size,torch.Generator().manual_seed(0)
         return torch.randint(256, (n,3,size,size), generator=g, dtype=torch.uint8)
 
 # %% ../../nbs/7_deploy/02_export.ipynb #706efed8
@@ -77,7 +77,7 @@ def check_answers(run:Callable, # (B,3,H,W) uint8 -> (B,K) logits
 
 # %% ../../nbs/7_deploy/02_export.ipynb #37e44834
 class OnnxSession:
-    "An ONNX file, ready to run: (B,3,H,W) uint8 -> (B,K) logits; its header is `header`."
+    "An ONNX file, ready to run: (B,3,H,W) uint8 -> (B,K) logits; `info` as a network's."
     def __init__(self, content:bytes, threads:int=0): # 0: as many as onnxruntime finds right
         ort = require('onnxruntime','export')
         options = ort.SessionOptions()
@@ -97,6 +97,7 @@ def load_onnx(path:Path, threads:int=0)->OnnxSession:
     content = read_whole(path)
     with explain_damage(path, 'ONNX file of this package'):
         check_answers(session := OnnxSession(content, threads), session.header)
+        session.info = info_of(session.header)
     return session
 
 # %% ../../nbs/7_deploy/02_export.ipynb #9f0a4146
@@ -106,7 +107,7 @@ def save_onnx(model:Network, path:Path):
     served = InferenceModel(model)
     made = torch.onnx.export(traced(served), dynamo=True, input_names=['pixels'], output_names=['logits'],
                              verbose=False).model_proto
-    made.metadata_props.add(key='header', value=json.dumps(release_header(model,model.meta)))
+    made.metadata_props.add(key='header', value=json.dumps(release_header(model,model.info)))
     check_same(served, OnnxSession(made.SerializeToString()), path)
     with atomic_write(path) as part: part.write_bytes(made.SerializeToString())
 
@@ -162,12 +163,12 @@ def save_timm(model:VisionTransformer, folder:Path):
     "Write model.safetensors and config.json as timm reads them; raises `ValueError` as `timm_args` does."
     if not isinstance(model,VisionTransformer):
         raise ValueError(f'{type(model).__name__}: timm gets a VisionTransformer')
-    args,cfg,meta = timm_args(model.cfg),model.cfg,model.meta
-    seen = dict(input_size=[3,cfg.img_size,cfg.img_size], mean=meta['mean'], std=meta['std'],
-                crop_pct=cfg.img_size/meta['img_size'], num_classes=cfg.num_classes,
+    args,cfg,info = timm_args(model.cfg),model.cfg,model.info
+    seen = dict(input_size=[3,cfg.img_size,cfg.img_size], mean=info.mean, std=info.std,
+                crop_pct=cfg.img_size/info.img_size, num_classes=cfg.num_classes,
                 first_conv='patch_embed.proj', classifier='head')
     content = save(timm_weights(model), dict(format='pt'))
     with atomic_write(folder/'model.safetensors') as part: part.write_bytes(content)
     write_json(folder/'config.json', dict(architecture='vit_tiny_patch16_224', num_classes=cfg.num_classes,
         num_features=cfg.embed_dim, global_pool=cfg.global_pool, model_args=args, pretrained_cfg=seen,
-        label_names=meta['wnids'], label_descriptions=dict(zip(meta['wnids'],meta['names']))))
+        label_names=info.wnids, label_descriptions=dict(zip(info.wnids,info.names))))

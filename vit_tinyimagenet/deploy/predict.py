@@ -12,7 +12,7 @@ import argparse, os, sys
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator
+from typing import BinaryIO, Iterator
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from ..core.files import MAX_FILE_BYTES, expand, read_file
 from ..data.archive import FolderSource
 from ..data.decode import open_image, to_rgb, to_square, upright
 from ..data.layout import image_files
-from .export import InferenceModel, load_onnx
+from .export import InferenceModel, OnnxSession, load_onnx
 from .quantize import load_int8
 from ..models.pretrained import (Network, eval_transform, list_pretrained, load_pretrained,
                                                 read_header)
@@ -100,11 +100,11 @@ def load_pixels(image:AnyImage,
     return torch.from_numpy(x.copy())[None]
 
 def prepare(image:AnyImage,
-            model:Network # with `meta`, as `load_pretrained` gives it
+            model:Network # with `info`, as `load_pretrained` gives it
            )->Tensor:     # (1,3,H,W) float32, normalised, where the model is
     "An image as the model was shown its validation images; raises `ValueError` as `read_image` does."
-    if not hasattr(model,'meta'): raise ValueError('model: has no meta; take one from load_pretrained')
-    x = load_pixels(image, model.meta['img_size'], model.meta.get('bits'))
+    if not hasattr(model,'info'): raise ValueError('model: has no info; take one from load_pretrained')
+    x = load_pixels(image, model.info.img_size, model.info.bits)
     return eval_transform(model)(x.to(next(model.parameters()).device))
 
 # %% ../../nbs/7_deploy/03_predict.ipynb #d2d30b31
@@ -118,7 +118,8 @@ def predict(image:AnyImage,
     if not model.cfg.num_classes: raise ValueError('model: an encoder without a head; tune it to labels')
     if k<1: raise ValueError(f'k={k}: at least 1 class')
     p,i = model.eval()(prepare(image, model))[0].softmax(0).topk(min(k,model.cfg.num_classes))
-    named = {c:[model.meta[c+'s'][j] for j in i.tolist()] for c in ('name','wnid')}
+    known = dict(name=model.info.names, wnid=model.info.wnids)
+    named = {c:[v[j] for j in i.tolist()] for c,v in known.items()}
     return pd.DataFrame(dict(**named, probability=p.tolist()))
 
 # %% ../../nbs/7_deploy/03_predict.ipynb #51709e95
@@ -129,18 +130,17 @@ def forms()->dict[str,Path]: # name -> file
     return named | {p.name:p for p in sorted(folder.glob('*'))}
 
 def open_form(name:str,   # of `forms()`, a file, or as `load_pretrained` takes it
-             )->tuple[Callable[[Tensor],Tensor],dict]: # (B,3,H,W) uint8 -> (B,K) logits; the header
+             )->InferenceModel|OnnxSession: # (B,3,H,W) uint8 -> (B,K) logits, with `info`
     "What answers for pixels; raises `ValueError` for a file that cannot, `ImportError` for a missing extra."
     path = expand(name)
     if not path.is_file(): path = forms().get(name, path)
-    if path.suffix=='.onnx': header = (run := load_onnx(path)).header
+    if path.suffix=='.onnx': run = load_onnx(path)
     else:
         small = path.is_file() and read_header(path)['int8']
         whole = lambda: load_pretrained(str(path) if path.is_file() else name)
         run = InferenceModel(load_int8(path) if small else whole())
-        header = run.meta
-    if not header['wnids']: raise ValueError(f'{name}: an encoder without a head; tune it to labels')
-    return run,header
+    if not run.info.wnids: raise ValueError(f'{name}: an encoder without a head; tune it to labels')
+    return run
 
 # %% ../../nbs/7_deploy/03_predict.ipynb #3012aca2
 def printable(path:str|Path)->str:
@@ -167,25 +167,26 @@ def images_in(names:list[str],
     return list(dict.fromkeys(found))   # each once
 
 # %% ../../nbs/7_deploy/03_predict.ipynb #9bfce99a
-def predict_rows(images:list[Path], run:Callable, header:dict, # as `open_form` gives them
+def predict_rows(images:list[Path],
+                 run:InferenceModel|OnnxSession, # as `open_form` gives it
                  bad:list[str],        # gets a line for each image that cannot be read
                  k:int=5, batch_size:int=64
                 )->Iterator[dict]:     # image, name1 .. namek, top1 .. topk (wnids), p1 .. pk
     "A row for each image that can be read, in their order."
-    k = min(k,len(header['wnids']))
+    info,k = run.info,min(k,len(run.info.wnids))
     for start in range(0,len(images),batch_size):
         read = {}
         for p in images[start:start+batch_size]:
             try: # a pipe that was named, such as /dev/stdin, is read
                 with nullcontext(p) if p.is_file() else open(p,'rb') as image:
-                    read[p] = load_pixels(image, header['img_size'], header.get('bits'))
+                    read[p] = load_pixels(image, info.img_size, info.bits)
             except (ValueError,OSError,MemoryError) as e:
                 why = str(e) or 'more memory is needed than there is'
                 bad.append(printable(why if str(p) in why else f'{p}: {why}'))
         if not read: continue
         with torch.inference_mode(): p,top = run(torch.cat([*read.values()])).softmax(1).topk(k)
         for image,best,at in zip(read, p.tolist(), top.tolist()):
-            kinds = dict(name=[header['names'][i] for i in at], top=[header['wnids'][i] for i in at], p=best)
+            kinds = dict(name=[info.names[i] for i in at], top=[info.wnids[i] for i in at], p=best)
             row = {f'{c}{j+1}':v for c,vs in kinds.items() for j,v in enumerate(vs)}
             yield dict(image=printable(image), **row)
 
@@ -218,7 +219,7 @@ def predict_main(argv:list[str]|None=None):
     bad,out = [],args.out and expand(args.out)
     if out: check_table_place(out)
     images = images_in(args.images, bad)
-    rows = list(predict_rows(images, *open_form(args.weights), bad, args.k))
+    rows = list(predict_rows(images, open_form(args.weights), bad, args.k))
     if out and rows: write_table(out, rows)
     if rows and not out: print(format_rows(rows, any(expand(n).is_dir() for n in args.images)))
     for line in bad: print(f'vit_predict: {line}', file=sys.stderr)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.config import one_of
 from ..core.display import COLOURS
 from ..data.hub import require
+from ..data.pack import DatasetInfo
 from ..models.pretrained import (build_from_header, explain_damage, half, nonfinite,
                                                 read_header, release_header, write_release)
 from ..models.vit import VisionTransformer
@@ -131,7 +132,7 @@ def plot_sensitivity(table:pd.DataFrame, # as `sensitivity` gives it
 # %% ../../nbs/7_deploy/01_quantize.ipynb #65dfcb39
 def save_int8(model:VisionTransformer, # as `to_int8` gives it
               path:Path,
-              meta:dict                # as for `save_release`
+              info:DatasetInfo                # as for `save_release`
              ):
     "Write a release file of eight-bit weights."
     weights = {}
@@ -141,7 +142,7 @@ def save_int8(model:VisionTransformer, # as `to_int8` gives it
         if bad := nonfinite(parts):
             raise ValueError(f'{path}: not written, since {bad[0]} holds NaN or infinity')
         weights |= {n:p.contiguous() if small else half(p) for n,p in parts.items()}
-    write_release(path, weights, release_header(model,meta)|dict(int8=model.int8))
+    write_release(path, weights, release_header(model,info)|dict(int8=model.int8))
 
 # %% ../../nbs/7_deploy/01_quantize.ipynb #323cc26f
 def fill(part:Tensor, found:dict[str,Tensor], name:str):

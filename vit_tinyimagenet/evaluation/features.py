@@ -22,7 +22,7 @@ from ..core.device import pick_device, pick_precision
 from ..core.display import COLOURS, legend, short_name
 from ..data.augment import normalize
 from ..data.loader import Batches
-from ..data.pack import Pack, Split
+from ..data.pack import DatasetInfo, Pack, Split
 from ..models.vit import VisionTransformer, VitConfig
 from ..runs.recipe import Recipe, Supervised, clean_view, eval_loader
 from ..runs.record import provenance, write_text
@@ -92,12 +92,12 @@ def frozen_table(encoders:dict[str,nn.Module], # name -> images to features
                 )->pd.DataFrame:               # encoder, features (their number), neighbours, probe (top-1)
     "What frozen encoders are worth."
     device,rows = pick_device(),[]
-    view = lambda b: normalize(b.x, data.meta['mean'], data.meta['std'])
+    view = lambda b: normalize(b.x, data.info.mean, data.info.std)
     batches = lambda s: Batches(s, 256, shuffle=False, device=device).epoch()
     for name,encoder in encoders.items():
         of = lambda s: features(encoder.to(device), batches(s), view, pick_precision(device), device)
         train,valid = of(data.train),of(data.valid)
-        size,classes = train[0].shape[1],len(data.meta['wnids'])
+        size,classes = train[0].shape[1],len(data.info.wnids)
         near = knn_predictions(*train, *valid, classes, KNN_K).summary()['top1']
         probed = linear_probe(*train, *valid, classes).summary()['top1'] if size<4096 else None
         rows.append(dict(encoder=name, features=size, neighbours=near, probe=probed))
@@ -143,18 +143,18 @@ class SelfSupervised(Supervised):
     uses_labels,evaluated_with = False,f'its {KNN_K} nearest neighbours in the training images'
     def check(self, recipe): check_self_supervised(recipe)
     def encoder(self, model:nn.Module)->VisionTransformer: return model.encoder
-    def predictions(self, recipe, model:nn.Module, train_split:Split, batches:Batches, meta:dict,
+    def predictions(self, recipe, model:nn.Module, train_split:Split, batches:Batches, info:DatasetInfo,
                     state:TrainState)->Predictions:
         "Votes of the training images that are nearest."
         view,encoder = clean_view(recipe),self.encoder(model)
         of = lambda loader: features(encoder, loader.epoch(), view, state.precision, state.device)
         train = of(eval_loader(train_split, recipe, state))
-        return knn_predictions(*train, *of(batches), len(meta['wnids']), KNN_K)
+        return knn_predictions(*train, *of(batches), len(info.wnids), KNN_K)
     def more_eval_s(self, recipe, eval_s:float, data:Pack, state:TrainState)->float:
         "Of the training images as well, and of the neighbours, by one part of five hundred."
         n,m,D = len(data.valid.labels),len(data.train.labels),recipe.model.embed_dim
         train_x,part = (torch.randn(rows, D, device=state.device) for rows in (m,min(n,500)))
-        train_y,eval_y,classes = data.train.labels,data.valid.labels[:500],len(data.meta['wnids'])
+        train_y,eval_y,classes = data.train.labels,data.valid.labels[:500],len(data.info.wnids)
         vote = lambda: knn_predictions(train_x, train_y, part, eval_y, classes, KNN_K)
         vote(); start = time.perf_counter(); vote()   # the first one warms up
         return eval_s*m/n+(time.perf_counter()-start)*n/len(part)

@@ -27,7 +27,7 @@ from ..runs.record import predictions_frame, recompute
 from ..training.metrics import Predictions, predict_split
 
 # %% ../../nbs/5_evaluation/01_predictions.ipynb #090a0a0d
-def logits_of(model:Network,        # with `meta`, as `load_pretrained` gives it
+def logits_of(model:Network,        # with `info`, as `load_pretrained` gives it
               data:Pack,
               split:str='valid',    # or 'train'
               batch_size:int=250,
@@ -35,10 +35,10 @@ def logits_of(model:Network,        # with `meta`, as `load_pretrained` gives it
               mirrored:bool=False   # whether to show the mirror image of each
              )->Predictions:
     "What a model says to every image of a split; raises `ValueError` for other classes or another size."
-    has,wants = (m['img_size'] for m in (data.meta,model.meta))
+    has,wants = data.info.img_size,model.info.img_size
     if has!=wants: raise ValueError(f'{data.folder} has images of {has} pixels, the model wants {wants}')
-    if data.meta['wnids']!=model.meta['wnids']:
-        n,k = len(data.meta['wnids']),len(model.meta['wnids'])
+    if data.info.wnids!=model.info.wnids:
+        n,k = len(data.info.wnids),len(model.info.wnids)
         raise ValueError(f'{data.folder} has {n} classes, the model {k}, or in another order: '
                          'evaluate it on what it was trained for')
     device = model.head.weight.device
@@ -55,14 +55,14 @@ def evaluation_frame(p:Predictions, files:list[str], wnids:list[str])->pd.DataFr
     best = {f'p{j+1}':col.numpy() for j,col in enumerate(logp.gather(1,top).exp().T)}
     return predictions_frame(p, files, wnids).assign(**best, p_label=own.exp().numpy(), loss=-own.numpy())
 
-def evaluate(model:Network,      # with `meta`, as `load_pretrained` gives it
+def evaluate(model:Network,      # with `info`, as `load_pretrained` gives it
              data:Pack,
              split:str='valid',  # or 'train'
              **how               # batch_size, precision, mirrored: see `logits_of`
             )->pd.DataFrame:     # image, label, top1 .. top5, p1 .. p5, p_label, loss
     "From weights and data to a row an image."
     p = logits_of(model, data, split, **how)
-    return evaluation_frame(p, getattr(data,split).files, data.meta['wnids'])
+    return evaluation_frame(p, getattr(data,split).files, data.info.wnids)
 
 # %% ../../nbs/5_evaluation/01_predictions.ipynb #2edc479e
 def by_class(frame:pd.DataFrame,       # as `evaluate` gives it, or a run's `predictions`

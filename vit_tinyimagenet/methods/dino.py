@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ..core.config import check_fields, check_types
 from ..data.augment import AugmentConfig, augment, show_images
 from ..data.loader import Batch, Batches
-from ..data.pack import Split
+from ..data.pack import DatasetInfo, Split
 from ..evaluation.features import SelfSupervised
 from ..models.vit import VisionTransformer, VitConfig
 from ..runs.recipe import Recipe
@@ -44,10 +44,10 @@ class Dino(SelfSupervised):
     def __post_init__(self): check_dino(self)
     def check(self, recipe:Recipe): super().check(recipe); check_views(recipe)
     def build(self, cfg:VitConfig)->nn.Module: return DinoModel(cfg, self)
-    def loss_fn(self, recipe:Recipe, state:TrainState, meta:dict)->Callable:
+    def loss_fn(self, recipe:Recipe, state:TrainState, info:DatasetInfo)->Callable:
         return self_distillation_loss(state, recipe.augment, self)
     def check_epoch(self, row:dict): check_collapse(row)
-    def samples(self, recipe:Recipe, split:Split, meta:dict)->plt.Figure:
+    def samples(self, recipe:Recipe, split:Split, info:DatasetInfo)->plt.Figure:
         return show_views(split, recipe.augment, self, seed=recipe.train.seed)
 
 # %% ../../nbs/6_methods/02_dino.ipynb #5a39bf5a

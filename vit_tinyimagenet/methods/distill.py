@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ..core.config import check_fields, check_types
 from ..data.augment import AugmentConfig
+from ..data.pack import DatasetInfo
 from ..models.pretrained import load_pretrained
 from ..runs.recipe import Recipe, Supervised, expand_home
 from ..runs.runner import warn_minival_leak
@@ -33,19 +34,19 @@ def distillation_loss(logits:Tensor,         # (B,K) of the student
 class Teacher:
     "A trained network, asked about images as a student is shown them: (B,3,H,W) -> (B,K) logits."
     def __init__(self, name:str,      # as `load_pretrained` takes it
-                 meta:dict,           # of the student's data
+                 info:DatasetInfo,           # of the student's data
                  aug:AugmentConfig,   # of the student, mean and std filled in
                  img_size:int,        # pixels a side that the student is shown
                  device:torch.device):
         self.network = net = load_pretrained(name, device).requires_grad_(False)
-        theirs,missing = net.meta['wnids'],set(meta['wnids'])-set(net.meta['wnids'])
+        theirs,missing = net.info.wnids,set(info.wnids)-set(net.info.wnids)
         if missing: raise ValueError(f"teacher='{name}' does not know {len(missing)} classes: {min(missing)}")
         if net.cfg.img_size!=img_size:
             raise ValueError(f"teacher='{name}' sees {net.cfg.img_size} pixels a side, not {img_size}")
-        self.classes = torch.tensor([theirs.index(w) for w in meta['wnids']], device=device)
+        self.classes = torch.tensor([theirs.index(w) for w in info.wnids], device=device)
         of = lambda v: torch.tensor(v, device=device).view(3,1,1)
-        mean,std,own = of(aug.mean),of(aug.std),of(net.meta['std'])
-        self.scale,self.shift = std/own,(mean-of(net.meta['mean']))/own
+        mean,std,own = of(aug.mean),of(aug.std),of(net.info.std)
+        self.scale,self.shift = std/own,(mean-of(net.info.mean))/own
     @torch.no_grad()
     def __call__(self, x:Tensor)->Tensor: return self.network(x*self.scale+self.shift)[:,self.classes]
 
@@ -61,10 +62,10 @@ class Distill(Supervised):
         check_fields(self, ('share', 0<=self.share<=1, 'has to be in [0,1]'),
             ('temperature', self.temperature>0, 'has to be above 0'))
         expand_home(self, 'teacher')
-    def loss_fn(self, recipe:Recipe, state:TrainState, meta:dict)->Callable:
+    def loss_fn(self, recipe:Recipe, state:TrainState, info:DatasetInfo)->Callable:
         aug = recipe.augment
-        teacher = Teacher(self.teacher, meta, aug, recipe.model.img_size, state.device)
-        warn_minival_leak(recipe, 'teacher', self.teacher, teacher.network.meta['wnids'], meta)
+        teacher = Teacher(self.teacher, info, aug, recipe.model.img_size, state.device)
+        warn_minival_leak(recipe, 'teacher', self.teacher, teacher.network.info.wnids, info)
         soft = lambda x,logits: distillation_loss(logits, teacher(x), self.temperature)
         mixed = lambda x,logits,loss: torch.lerp(loss, soft(x,logits), self.share)
         return supervised_loss(recipe.train, aug, mixed, state.compiled)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.config import check_fields, check_types
 from ..data.augment import AugmentConfig, augment, center_normalize, show_images
 from ..data.loader import Batch, Batches
-from ..data.pack import Split
+from ..data.pack import DatasetInfo, Split
 from ..evaluation.features import SelfSupervised
 from ..models.ops import Linear
 from ..models.vit import Block, VisionTransformer, VitConfig, layer_norm, patchify, sincos2d
@@ -44,9 +44,9 @@ class Mae(SelfSupervised):
                             'has to be a multiple of 4 and of decoder_heads'))
     def check(self, recipe:Recipe): super().check(recipe); check_mae(recipe)
     def build(self, cfg:VitConfig)->nn.Module: return MaskedAutoencoder(cfg, self)
-    def loss_fn(self, recipe:Recipe, state:TrainState, meta:dict)->Callable:
+    def loss_fn(self, recipe:Recipe, state:TrainState, info:DatasetInfo)->Callable:
         return mae_loss(recipe.augment, self, state.compiled)
-    def figures(self, recipe:Recipe, model:nn.Module, split:Split, meta:dict)->dict[str,plt.Figure]:
+    def figures(self, recipe:Recipe, model:nn.Module, split:Split)->dict[str,plt.Figure]:
         return dict(reconstructions=show_reconstructions(model, split, recipe.augment, self))
 
 # %% ../../nbs/6_methods/01_mae.ipynb #6e6a3770

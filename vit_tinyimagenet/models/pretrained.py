@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RELEASE_META', 'HEADER', 'OLDEST', 'Network', 'NETWORKS', 'MAX_SIDE', 'MAX_PATCHES', 'MAX_RELEASE', 'MAX_HEADER',
-           'COMPATIBLE_FIELDS', 'build_model', 'release_header', 'write_release', 'nonfinite', 'half', 'floats',
-           'save_release', 'check_header', 'explain_damage', 'read_header', 'build_from_header', 'load_release',
-           'list_pretrained', 'load_pretrained', 'eval_transform', 'positions_for', 'load_init_weights']
+           'COMPATIBLE_FIELDS', 'build_model', 'release_header', 'info_of', 'write_release', 'nonfinite', 'half',
+           'floats', 'save_release', 'check_header', 'explain_damage', 'read_header', 'build_from_header',
+           'load_release', 'list_pretrained', 'load_pretrained', 'eval_transform', 'positions_for', 'load_init_weights']
 
 # %% ../../nbs/2_models/04_pretrained.ipynb #04e67fcb
 import contextlib, json
@@ -25,6 +25,7 @@ from ..core.files import atomic_write, expand
 from ..data.augment import AugmentConfig, center_normalize
 from ..data.decode import BITS
 from ..data.hub import from_hub
+from ..data.pack import DatasetInfo
 from .resnet import ResNet, ResNetConfig
 from .vit import VisionTransformer, VitConfig, resize_positions
 
@@ -40,13 +41,18 @@ def build_model(cfg:VitConfig|ResNetConfig)->Network:
     return next(network for network,config in NETWORKS.values() if type(cfg) is config)(cfg)
 
 def release_header(model:Network,
-                   meta:dict  # of the pack; what `RELEASE_META` names, and bits where it has any
+                   info:DatasetInfo # of the data that it was trained on
                   )->dict:
     "What a file says of itself: kind and config of the network, classes, what to do with an image."
-    header = dict(network=type(model).__name__, config=asdict(model.cfg), **{k:meta[k] for k in RELEASE_META})
+    of_data = {k:getattr(info,k) for k in RELEASE_META}
+    header = dict(network=type(model).__name__, config=asdict(model.cfg), **of_data)
     if not model.cfg.num_classes: header |= dict(wnids=[], names=[])   # an encoder knows none
-    if meta.get('bits'): header['bits'] = meta['bits']   # the measure of its 16-bit images
+    if info.bits: header['bits'] = info.bits   # the measure of its 16-bit images
     return header
+
+def info_of(header:dict)->DatasetInfo:
+    "What a header says of the data."
+    return DatasetInfo(**{k:header[k] for k in (*RELEASE_META,'bits') if k in header})
 
 def write_release(path:Path, weights:dict[str,Tensor], header:dict):
     "Write tensors with a header, the file whole or not at all."
@@ -73,14 +79,14 @@ def floats(weights:dict[str,Tensor])->dict[str,Tensor]: # float32
     return weights
 
 # %% ../../nbs/2_models/04_pretrained.ipynb #e073139f
-def save_release(model:Network, path:Path, meta:dict # as for `release_header`
+def save_release(model:Network, path:Path, info:DatasetInfo # as for `release_header`
                 ):
     "Write weights with their header; raises `ValueError` naming one that is no number."
     weights = model.state_dict()
     if bad := nonfinite(weights):
         raise ValueError(f'{path}: not written, since {bad[0]} holds NaN or infinity; lower optim.lr, '
                          'and train again')
-    write_release(path, {n:half(t) for n,t in weights.items()}, release_header(model,meta))
+    write_release(path, {n:half(t) for n,t in weights.items()}, release_header(model,info))
 
 # %% ../../nbs/2_models/04_pretrained.ipynb #1f5aba50
 MAX_SIDE,MAX_PATCHES = 4096,2**14   # of an image, in pixels; of a network
@@ -138,7 +144,7 @@ def read_header(path:Path)->dict: # as `release_header` made it; int8: see `quan
 
 # %% ../../nbs/2_models/04_pretrained.ipynb #1df054da
 def build_from_header(header:dict, path:Path # a release file and what `read_header` says of it
-                     )->Network: # in evaluation mode, its weights those of a new one; `meta` as in the header
+                     )->Network: # in evaluation mode, its weights those of a new one; `info` as in the header
     "A network as a header describes it; raises `ValueError` where the file has other tensors."
     cfg = check_header(header)
     with safe_open(path,'pt') as f: # scales are of eight-bit weights
@@ -151,7 +157,7 @@ def build_from_header(header:dict, path:Path # a release file and what `read_hea
         if needed.get(n)!=there.get(n):
             raise ValueError(f'{n}: {needed.get(n)} by the header, {there.get(n)} in the file')
     model = build_model(cfg).eval()
-    model.meta = {k:header[k] for k in (*RELEASE_META,'bits') if k in header}
+    model.info = info_of(header)
     return model
 
 def load_release(path:Path, device:torch.device|str='cpu')->Network: # as `build_from_header` gives it
@@ -172,7 +178,7 @@ def list_pretrained()->dict[str,Path]: # name -> file
 
 def load_pretrained(name:str='laptop',            # of `list_pretrained()`, a release file, or 'hf:owner/name'
                     device:torch.device|str='cpu'
-                   )->Network:                    # in evaluation mode; `meta` has classes and normalisation
+                   )->Network:                    # in evaluation mode; `info` has classes and normalisation
     "A trained model, by name or from a file; raises `ValueError` for a name that is not shipped."
     file = expand(name)
     if file.is_file(): return load_release(file, device)
@@ -183,10 +189,10 @@ def load_pretrained(name:str='laptop',            # of `list_pretrained()`, a re
     return load_release(list_pretrained()[name], device)
 
 # %% ../../nbs/2_models/04_pretrained.ipynb #71d94810
-def eval_transform(model:Network # with `meta`, as `load_pretrained` gives it
+def eval_transform(model:Network # with `info`, as `load_pretrained` gives it
                   )->Callable:   # (B,3,H,W) uint8, H and W the image size -> (B,3,h,w) float32
     "The evaluation transform of a trained network: center crop, normalisation."
-    mean,std = (tuple(model.meta[k]) for k in ('mean','std'))
+    mean,std = tuple(model.info.mean),tuple(model.info.std)
     cfg = AugmentConfig(crop_size=model.cfg.img_size, mean=mean, std=std)
     return lambda x: center_normalize(x, cfg)
 
@@ -216,8 +222,8 @@ def load_init_weights(model:Network,  # changed in place
              if k in here and v!=here[k] and k not in COMPATIBLE_FIELDS]
     if kinds[0]!=kinds[1]: other = [f'a {kinds[0]} there, a {kinds[1]} here']
     if other: raise ValueError(f"init='{name}' is another network: {', '.join(other)}")
-    same_classes = source.meta['wnids']==wnids
+    same_classes = source.info.wnids==wnids
     weights = {n:t for n,t in source.state_dict().items() if same_classes or not n.startswith('head.')}
     if 'pos_embed' in weights: weights['pos_embed'] = positions_for(model, source)   # fixed ones are computed
     model.load_state_dict(weights, strict=same_classes)
-    return source.meta['wnids']
+    return source.info.wnids

@@ -18,7 +18,7 @@ from ..core.config import check_fields, check_types
 from ..core.files import expand
 from ..data.augment import AugmentConfig, augment, center_normalize
 from ..data.loader import Batches, hold_out_minival, subset_classes, subset_per_class
-from ..data.pack import Pack, Split, open_data
+from ..data.pack import DatasetInfo, Pack, Split, open_data
 from ..data.views import show_batch
 from ..models.pretrained import build_model
 from ..models.resnet import ResNetConfig
@@ -36,21 +36,20 @@ class Supervised:
     def check(self, recipe): pass # raises `ValueError` where the rest of a recipe does not fit
     def build(self, cfg:VitConfig|ResNetConfig)->nn.Module: return build_model(cfg) # what is trained
     def encoder(self, model:nn.Module)->nn.Module: return model # what is released of it
-    def loss_fn(self, recipe, state:TrainState, meta:dict)->Callable: # (model, batch, progress) -> loss, {}
+    def loss_fn(self, recipe, state:TrainState, info:DatasetInfo)->Callable: # see `supervised_loss`
         return supervised_loss(recipe.train, recipe.augment, compiled=state.compiled)
     def predictions(self, recipe, model:nn.Module,
                     train_split:Split, # that it was trained on
-                    batches:Batches, meta:dict, state:TrainState)->Predictions: # of these images
+                    batches:Batches, info:DatasetInfo, state:TrainState)->Predictions: # of these images
         return predict_split(model, batches.epoch(), clean_view(recipe), state.precision)
     def more_eval_s(self, recipe, eval_s:float, data:Pack, state:TrainState)->float: # beside `eval_s`
         return 0.
     def epoch_metrics(self, p:Predictions)->dict[str,float]: return p.summary() # for the log
     def check_epoch(self, row:dict): # of the log: warns where it looks wrong; `fit` checks accuracies itself
         pass
-    def samples(self, recipe, split:Split, meta:dict)->plt.Figure: # what the model is shown
-        return show_batch(split, meta, recipe.augment, seed=recipe.train.seed)
-    def figures(self, recipe, model:nn.Module, split:Split, meta:dict)->dict[str,plt.Figure]: # for the folder
-        return {}
+    def samples(self, recipe, split:Split, info:DatasetInfo)->plt.Figure: # what the model is shown
+        return show_batch(split, info, recipe.augment, seed=recipe.train.seed)
+    def figures(self, recipe, model:nn.Module, split:Split)->dict[str,plt.Figure]: return {} # for the folder
 
 # %% ../../nbs/4_runs/03_recipe.ipynb #a7aeea31
 def expand_home(cfg, *fields:str # of a frozen dataclass, that say where something lies
@@ -138,13 +137,13 @@ def eval_loader(split:Split, recipe:Recipe, state:TrainState)->Batches:
     size = min(recipe.train.batch_size, 256)   # of large ones a process may bear a share only
     return Batches(split, size, recipe.train.seed+1, shuffle=False, device=state.device)
 
-def make_evaluator(recipe:Recipe, train_split:Split, split:Split|None, meta:dict, state:TrainState
+def make_evaluator(recipe:Recipe, train_split:Split, split:Split|None, info:DatasetInfo, state:TrainState
                   )->Callable|None: # model -> dict
     "What `fit` evaluates after each epoch; the original's was augmented, and anew every epoch."
     if split is None: return None
     batches = eval_loader(split, recipe, state)
     if not recipe.train.watch_augmented:
-        goal,rest = recipe.objective,(train_split, batches, meta, state)
+        goal,rest = recipe.objective,(train_split, batches, info, state)
         return lambda m: goal.epoch_metrics(goal.predictions(recipe, m, *rest))
     view = lambda b: augment(b.x, b.draws, recipe.augment)
     return lambda m: predict_split(m, batches.epoch(state.epoch), view, state.precision).summary()

@@ -222,7 +222,7 @@ def equal_nested(a, b)->bool:
 def run_differences(a:Path, b:Path # folders of finished runs, with their checkpoints
                    )->list[str]:   # empty for one and the same run
     "What differs between two runs, the clock left aside."
-    weights = lambda f: [dict(m.state_dict(), meta=m.meta) for m in [load_release(f/'model.safetensors')]]
+    weights = lambda f: [dict(m.state_dict(), info=m.info) for m in [load_release(f/'model.safetensors')]]
     parts = {'model.safetensors':weights, 'summary.json':lambda f: Run(f).summary,
              'valid_predictions.csv':lambda f: (f/'valid_predictions.csv').read_bytes(),
              'log.csv':lambda f: Run(f).log.drop(columns='images_per_s').to_csv(),

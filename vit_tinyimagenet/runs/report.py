@@ -8,7 +8,7 @@ __all__ = ['CHANGES', 'Job', 'n_left_out', 'start_record', 'selection', 'evaluat
 
 # %% ../../nbs/4_runs/04_report.ipynb #8b2ce892
 import errno, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.display import save_figure
@@ -39,15 +39,15 @@ class Job:
 
 # %% ../../nbs/4_runs/04_report.ipynb #a70a5722
 def n_left_out(data:Pack)->int: # images that `skip_bad` has left out of the pack
-    return sum(map(len, data.meta.get('left_out',{}).values()))
+    return sum(map(len, data.info.left_out.values()))
 
 def start_record(job:Job):
     "Write `config.json`, and a grid of what the model is shown."
-    recipe,meta = job.recipe,job.data.meta
-    named = {**recipe_fields(recipe), 'data':meta['source']}
-    left_out = {k:v for k,v in meta.get('left_out',{}).items() if v}   # files, and why
+    recipe,info = job.recipe,job.data.info
+    named = {**recipe_fields(recipe), 'data':info.source}
+    left_out = {k:v for k,v in info.left_out.items() if v}   # files, and why
     write_json(job.folder/'config.json', dict(recipe=named, sessions=job.sessions, left_out=left_out))
-    save_figure(recipe.objective.samples(recipe, job.train_on, meta), job.folder/'samples.png')
+    save_figure(recipe.objective.samples(recipe, job.train_on, info), job.folder/'samples.png')
 
 # %% ../../nbs/4_runs/04_report.ipynb #48f578a1
 def selection(recipe:Recipe)->str:
@@ -63,10 +63,10 @@ def evaluate_valid(job:Job)->tuple[Predictions,float]:
     "Predict the validation images with the averaged weights; the seconds that it took."
     start,recipe,data,state = time.perf_counter(),job.recipe,job.data,job.state
     batches = eval_loader(data.valid, recipe, state)
-    p = recipe.objective.predictions(recipe, state.averaged(), job.train_on, batches, data.meta, state)
+    p = recipe.objective.predictions(recipe, state.averaged(), job.train_on, batches, data.info, state)
     refuse_nonfinite_logits(p.logits)
     eval_s = time.perf_counter()-start
-    frame = predictions_frame(p, data.valid.files, data.meta['wnids'])
+    frame = predictions_frame(p, data.valid.files, data.info.wnids)
     if not world().rank: write_text(job.folder/'valid_predictions.csv', csv_of(frame))
     return p,eval_s
 
@@ -76,7 +76,7 @@ def draw_record(job:Job):
     recipe,log,model = job.recipe,Run(job.folder).log,job.state.averaged()
     logged = [k for k in ('top1','loss') if log.filter(like=k).size]
     curves = {f'curves_{k}':plot_curves({recipe.name:log}, k, recipe.objective.loss_name) for k in logged}
-    more = recipe.objective.figures(recipe, model, job.data.valid, job.data.meta)
+    more = recipe.objective.figures(recipe, model, job.data.valid)
     for name,fig in {**curves, **more}.items():
         save_figure(fig, job.folder/f'{name}.png')
 
@@ -84,7 +84,8 @@ def draw_record(job:Job):
 def release(job:Job):
     "Write the averaged weights, with the mean and deviation that the network was shown."
     aug,encoder = job.recipe.augment,job.recipe.objective.encoder(job.state.averaged())
-    save_release(encoder, job.folder/'model.safetensors', {**job.data.meta, 'mean':aug.mean, 'std':aug.std})
+    shown = replace(job.data.info, mean=list(aug.mean), std=list(aug.std))
+    save_release(encoder, job.folder/'model.safetensors', shown)
 
 # %% ../../nbs/4_runs/04_report.ipynb #f9a04bda
 def check_there(folder:Path):
@@ -101,7 +102,7 @@ def finish_record(job:Job):
     "Evaluate the last averaged weights on valid, once, and write everything that follows from it."
     p,eval_s = evaluate_valid(job)
     if world().rank: return
-    recipe,meta,state,n_images = job.recipe,job.data.meta,job.state,len(job.train_on.labels)
+    recipe,info,state,n_images = job.recipe,job.data.info,job.state,len(job.train_on.labels)
     release(job); draw_record(job)
     model = recipe.objective.encoder(state.averaged())
     steps_per_epoch = -(-n_images//recipe.train.batch_size)
@@ -109,7 +110,7 @@ def finish_record(job:Job):
     of_first = {k:v for k,v in job.sessions[0].items() if k not in (*CHANGES,'from_step')}
     over_time = lambda k: ' then '.join(dict.fromkeys(str(s[k]) for s in job.sessions if k in s))
     write_json(job.folder/'summary.json', dict(   # last, so that a folder with a summary is complete
-        recipe=recipe.name, dataset=meta['source'], data_sha256=meta['data_sha256'],
+        recipe=recipe.name, dataset=info.source, data_sha256=info.data_sha256,
         **named_splits(recipe), selection=selection(recipe), view='clean',
         evaluated_with=recipe.objective.evaluated_with,
         n_images=len(p.labels), **{f'valid_{k}':v for k,v in p.summary().items()},

@@ -10,7 +10,7 @@ __all__ = ['FORMAT', 'WEIGHTS', 'KNN_K', 'FINISHED', 'weights_name', 'identity',
 
 # %% ../../nbs/4_runs/05_runner.ipynb #99e5b173
 import contextlib, hashlib, itertools, statistics, time, warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -26,7 +26,7 @@ from ..core.files import expand, lock, sweep
 from ..data.augment import with_statistics
 from ..data.hub import from_hub
 from ..data.loader import Batches, to_device
-from ..data.pack import Pack, Split
+from ..data.pack import DatasetInfo, Pack, Split
 from ..models.ops import keep_memory
 from ..models.pretrained import list_pretrained, load_init_weights
 
@@ -62,7 +62,7 @@ def identity(recipe:Recipe, data:Pack)->dict:
     "What makes two sessions one run: the recipe, and the data and weights by their hashes."
     d,given = config_identity(recipe),dict(init=recipe.init, teacher=getattr(recipe.objective,'teacher',None))
     d['objective'].pop('teacher', None)   # stands beside `init`
-    return {**d, **{k:v and weights_name(v) for k,v in given.items()}, 'data':data.meta['data_sha256']}
+    return {**d, **{k:v and weights_name(v) for k,v in given.items()}, 'data':data.info.data_sha256}
 
 def identity_differences(there:dict, here:dict # as `identity` gives them; no hash where a file is gone
                         )->str:                # '' for the same run
@@ -152,28 +152,28 @@ KNN_K = 20   # training images, where an encoder is evaluated by its neighbours
 def resolve_recipe(recipe:Recipe, data:Pack
                   )->Recipe: # with the number of classes, mean and deviation filled in
     "Raise `ValueError` where the model does not fit the data."
-    n,size = len(data.meta['wnids']),recipe.augment.crop_size or data.meta['img_size']
+    n,size = len(data.info.wnids),recipe.augment.crop_size or data.info.img_size
     labelled = recipe.objective.uses_labels
     if labelled and (recipe.model.num_classes is None or recipe.classes):
         recipe = replace(recipe, model=replace(recipe.model, num_classes=n))
     if not labelled and len(data.train.labels)<KNN_K:
         raise ValueError(f'{data.folder}: fewer than {KNN_K} training images, who have to be neighbours')
-    if (recipe.augment.crop_size or 0)>data.meta['img_size']:   # padding helps in training, not in evaluation
-        raise ValueError(f"augment.crop_size={size}: images have {data.meta['img_size']} pixels a side")
+    if (recipe.augment.crop_size or 0)>data.info.img_size:   # padding helps in training, not in evaluation
+        raise ValueError(f"augment.crop_size={size}: images have {data.info.img_size} pixels a side")
     fits = recipe.model.num_classes==n or not labelled
     check_fields(recipe, ('model.num_classes', fits, f'{data.folder} has {n} classes'),
         ('model.img_size', recipe.model.img_size==size, f'after augment.crop_size images have {size} pixels'))
-    return replace(recipe, augment=with_statistics(recipe.augment, data.meta['mean'], data.meta['std']))
+    return replace(recipe, augment=with_statistics(recipe.augment, data.info.mean, data.info.std))
 
 # %% ../../nbs/4_runs/05_runner.ipynb #1962ec25
 def warn_minival_leak(recipe:Recipe,
                       field:str,       # that names weights
                       name:str,        # of these
                       known:list[str], # the classes that they were trained on
-                      meta:dict        # of the data
+                      info:DatasetInfo        # of the data
                      ):
     "Warn where weights that a run begins with or is taught by may have learned minival, which evaluates it."
-    if recipe.tuning and set(meta['wnids'])<=set(known):
+    if recipe.tuning and set(info.wnids)<=set(known):
         warnings.warn(f"tuning=True evaluates on minival, which {field}='{name}' may have learned: "
                       'take weights of a run with tuning=True, or evaluate on the official images')
 
@@ -187,9 +187,9 @@ def new_state(recipe:Recipe, data:Pack,
     saved = folder/'checkpoint.pt' if folder else None
     begun = saved and (saved.exists() or backup_path(saved).exists())
     if recipe.init and not begun:
-        wnids = data.meta['wnids'] if recipe.objective.uses_labels else []
+        wnids = data.info.wnids if recipe.objective.uses_labels else []
         known = load_init_weights(recipe.objective.encoder(model), recipe.init, wnids)
-        warn_minival_leak(recipe, 'init', recipe.init, known, data.meta)
+        warn_minival_leak(recipe, 'init', recipe.init, known, data.info)
     return TrainState(model, recipe.optim, recipe.train)
 
 def run_folder(recipe:Recipe, out:str|Path)->Path:
@@ -205,7 +205,7 @@ def loop_parts(recipe:Recipe, data:Pack, train_on:Split, state:TrainState)->tupl
     cfg = recipe.train
     batches = Batches(train_on, cfg.batch_size, cfg.seed, device=state.device, world=world())
     state.compile = pick_compile(cfg, state.device, cfg.epochs*len(batches))
-    return batches, recipe.objective.loss_fn(recipe, state, data.meta)
+    return batches, recipe.objective.loss_fn(recipe, state, data.info)
 
 def seconds_to_evaluate(recipe:Recipe, data:Pack, state:TrainState)->float:
     "What the final evaluation will take, by two batches of it, again and again."
@@ -265,8 +265,9 @@ def save_job(job:Job):
     if world().rank: return
     check_there(job.folder)
     write_log(job.folder, job.state.history)
-    save_checkpoint(dict(format=FORMAT, identity=job.identity, meta=job.data.meta, sessions=job.sessions,
-                         state=job.state.state_dict()), job.folder/'checkpoint.pt')
+    whole = dict(format=FORMAT, identity=job.identity, info=asdict(job.data.info), sessions=job.sessions,
+                 state=job.state.state_dict())
+    save_checkpoint(whole, job.folder/'checkpoint.pt')
     if job.mirror: mirror_run(job.folder, job.mirror)
 
 # %% ../../nbs/4_runs/05_runner.ipynb #73954b0d
@@ -319,7 +320,7 @@ def fit_recipe(job:Job, log:Callable|None, began:float):
     if recipe.train.budget_minutes and state.total_steps is None:
         shown['reserve_s'] = seconds_to_evaluate(recipe,data,state)+time.perf_counter()-began
     state.wall_s += time.perf_counter()-began   # getting ready counts
-    evaluate = make_evaluator(recipe, job.train_on, job.watched, data.meta, state)
+    evaluate = make_evaluator(recipe, job.train_on, job.watched, data.info, state)
     fit(state, *loop_parts(recipe,data,job.train_on,state), evaluate, partial(save_job,job), told,
         num_classes=recipe.model.num_classes, **shown)
 
