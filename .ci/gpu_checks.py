@@ -33,6 +33,7 @@ from vit_tinyimagenet.data.synthetic import make_synthetic
 from vit_tinyimagenet.deploy.predict import predict
 from vit_tinyimagenet.evaluation import explain, features as frozen
 from vit_tinyimagenet.evaluation.predictions import evaluate
+from vit_tinyimagenet.methods.dino import Dino
 from vit_tinyimagenet.methods.distill import Distill
 from vit_tinyimagenet.models.pretrained import load_pretrained, save_release
 from vit_tinyimagenet.models.vit import VisionTransformer, VitConfig
@@ -71,13 +72,13 @@ def random_release(vit, work, name):
 
 def on_twin(recipe, work, **train):
     "A recipe on the synthetic data, with weights of random networks where it begins with some."
-    goal, model = recipe.objective, recipe.model
-    if isinstance(goal, Distill): goal = replace(goal, teacher=random_release(VitConfig(depth=2), work, 'teacher'))
+    objective, model = recipe.objective, recipe.model
+    if isinstance(objective, Distill): objective = replace(objective, teacher=random_release(VitConfig(depth=2), work, 'teacher'))
     given = dict(init=random_release(model, work, 'init')) if recipe.init else {}
-    if goal.uses_labels: model = replace(model, num_classes=None)
+    if objective.uses_labels: model = replace(model, num_classes=None)
     train = dict(budget_minutes=None, max_minutes=None) | train
     train = replace(recipe.train, compile='off', **train)   # compiling is a matter of checks of its own
-    return replace(recipe, data=str(twin(work)), model=model, objective=goal, train=train, **given)
+    return replace(recipe, data=str(twin(work)), model=model, objective=objective, train=train, **given)
 
 
 def shrunk(recipe):
@@ -134,7 +135,7 @@ def losses(recipe, pack, device, precision):
 def agreement(recipe, pack, device):
     "Losses on the device, in each precision, beside those of a CPU in float32."
     reference = losses(recipe, pack, 'cpu', 'fp32')
-    half = HALF*(5 if hasattr(recipe, 'dino') else 1)   # whose low temperatures make rounding large
+    half = HALF*(5 if isinstance(recipe.objective, Dino) else 1)   # whose low temperatures make rounding large
     for precision, most in (('fp32', FP32), ('bf16', half), ('fp16', half)):
         if precision == 'bf16' and device != 'cpu' and not core.has_native_bf16(torch.device(device)):
             yield 'bf16', None, 'not native here'

@@ -90,10 +90,10 @@ def mae_laptop()->Recipe:
 def dino_laptop()->Recipe:
     "An encoder without labels, by self-distillation for 6 epochs: an hour on two CPU cores."
     aug = AugmentConfig(scale=(.4,1.), color_jitter=(.4,.4,.2,.1), grayscale=.2)
-    goal = Dino(local_crops=2, local_scale=(.15,.4), teacher_temp=.014, teacher_temp_end=.014)
+    objective = Dino(local_crops=2, local_scale=(.15,.4), teacher_temp=.014, teacher_temp_end=.014)
     train = TrainConfig(epochs=6, batch_size=64, ema_decay=.99, ema_decay_end=1.,
                         low_res_until=.85, patch_drop=((0.,.5),))
-    return Recipe('dino_laptop', model=laptop_encoder(), objective=goal, augment=aug,
+    return Recipe('dino_laptop', model=laptop_encoder(), objective=objective, augment=aug,
                   optim=OptimConfig(lr=2e-3), train=train)
 
 def dino_gpu()->Recipe:

@@ -278,7 +278,6 @@ def normalize(x:Tensor, # (B,3,H,W) uint8, or float in 0..1
               std:tuple[float,float,float]|Tensor   # per channel, > 0
              )->Tensor: # (B,3,H,W) float32, normalised
     "Subtract the mean and divide by the standard deviation, per channel."
-    if mean is None or std is None: raise ValueError("mean=None: fill in the dataset's, by with_statistics")
     unit = 1 if x.is_floating_point() else 255
     def scaled(v): # numbers are filled in on the device: a copy from the host would make a GPU wait
         if not isinstance(v,Tensor): v = torch.stack([torch.full((), c, device=x.device) for c in v])
@@ -328,6 +327,10 @@ def with_statistics(cfg:AugmentConfig,
     "A configuration that can be carried out."
     return replace(cfg, mean=cfg.mean or tuple(mean), std=cfg.std or tuple(std))
 
+def _normalize_by(x:Tensor, cfg:AugmentConfig)->Tensor:
+    if cfg.mean and cfg.std: return normalize(x, cfg.mean, cfg.std)
+    raise ValueError(f'mean={cfg.mean}, std={cfg.std}: fill in those of the dataset (with_statistics)')
+
 # %% ../../nbs/1_data/10_augment.ipynb #00646ad8
 def augment(x:Tensor,          # (B,3,H,W) uint8
             draws:Draws,       # of these B images, on x's device
@@ -344,7 +347,7 @@ def augment(x:Tensor,          # (B,3,H,W) uint8
     if any(cfg.color_jitter): x = color_jitter(x, cfg.color_jitter, draws)
     if cfg.grayscale: x = torch.where(_per_image(draws.uniform('grey')<cfg.grayscale), grayscale(x), x)
     if cfg.degrees: x = rotate(x, (2*draws.uniform('rotate')[:,0]-1)*cfg.degrees)
-    return normalize(x, cfg.mean, cfg.std)
+    return _normalize_by(x, cfg)
 
 # %% ../../nbs/1_data/10_augment.ipynb #ba8dad71
 def center_normalize(x:Tensor,          # (B,3,H,W) uint8
@@ -355,4 +358,4 @@ def center_normalize(x:Tensor,          # (B,3,H,W) uint8
         _check_crop(x, cfg.crop_size, 0, 'constant')
         top,left = (round((n-cfg.crop_size)/2) for n in x.shape[-2:])
         x = x[..., top:top+cfg.crop_size, left:left+cfg.crop_size]
-    return normalize(x, cfg.mean, cfg.std)
+    return _normalize_by(x, cfg)

@@ -286,7 +286,9 @@ class Pack:
         if meta is None: raise FileNotFoundError(f'{folder}: no pack; no sound meta.json, or other files too')
         if meta.get('format')!=PACK_FORMAT:
             raise ValueError(f'{folder}: not of pack format {PACK_FORMAT}; pack again')
-        self.info = DatasetInfo(**{k:v for k,v in meta.items() if k not in ('format','source_key')})
+        known = {k:v for k,v in meta.items() if k not in ('format','source_key')}
+        try: self.info = DatasetInfo(**known)
+        except TypeError as e: raise ValueError(f'{folder}/meta.json: {e}; delete it, and pack again') from e
         self.train,self.valid = (_load_split(self.folder, s, self.info) for s in ('train','valid'))
     def is_intact(self)->bool:
         "Whether every byte is as it was packed; reads all of it."

@@ -89,6 +89,7 @@ class OnnxSession:
         said = self.session.get_modelmeta().custom_metadata_map
         if 'header' not in said: raise ValueError('it has no header')
         self.header = json.loads(said['header'])
+    info = property(lambda self: info_of(self.header)) # `load_onnx` has checked it
     def __call__(self, pixels:Tensor)->Tensor:
         return torch.from_numpy(self.session.run(None, {'pixels':pixels.cpu().numpy()})[0])
 
@@ -97,7 +98,6 @@ def load_onnx(path:Path, threads:int=0)->OnnxSession:
     content = read_whole(path)
     with explain_damage(path, 'ONNX file of this package'):
         check_answers(session := OnnxSession(content, threads), session.header)
-        session.info = info_of(session.header)
     return session
 
 # %% ../../nbs/7_deploy/02_export.ipynb #9f0a4146

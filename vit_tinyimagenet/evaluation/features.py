@@ -24,7 +24,7 @@ from ..data.augment import normalize
 from ..data.loader import Batches
 from ..data.pack import DatasetInfo, Pack, Split
 from ..models.vit import VisionTransformer, VitConfig
-from ..runs.recipe import Recipe, Supervised, clean_view, eval_loader
+from ..runs.recipe import Objective, Recipe, clean_view, eval_loader
 from ..runs.record import provenance, write_text
 from ..runs.runner import KNN_K
 from ..training.metrics import Predictions, predict_split
@@ -138,19 +138,19 @@ def check_self_supervised(recipe:Recipe):
         ('optim.layer_decay', recipe.optim.layer_decay is None, fix(None)))
 
 # %% ../../nbs/5_evaluation/03_features.ipynb #73b296ab
-class SelfSupervised(Supervised):
+class SelfSupervised(Objective):
     "Learn without labels: how a run is evaluated; a subclass has the network and the loss."
     uses_labels,evaluated_with = False,f'its {KNN_K} nearest neighbours in the training images'
-    def check(self, recipe): check_self_supervised(recipe)
+    def check(self, recipe:Recipe): check_self_supervised(recipe)
     def encoder(self, model:nn.Module)->VisionTransformer: return model.encoder
-    def predictions(self, recipe, model:nn.Module, train_split:Split, batches:Batches, info:DatasetInfo,
-                    state:TrainState)->Predictions:
+    def predictions(self, recipe:Recipe, model:nn.Module, train_split:Split, batches:Batches,
+                    info:DatasetInfo, state:TrainState)->Predictions:
         "Votes of the training images that are nearest."
         view,encoder = clean_view(recipe),self.encoder(model)
         of = lambda loader: features(encoder, loader.epoch(), view, state.precision, state.device)
         train = of(eval_loader(train_split, recipe, state))
         return knn_predictions(*train, *of(batches), len(info.wnids), KNN_K)
-    def more_eval_s(self, recipe, eval_s:float, data:Pack, state:TrainState)->float:
+    def more_eval_s(self, recipe:Recipe, eval_s:float, data:Pack, state:TrainState)->float:
         "Of the training images as well, and of the neighbours, by one part of five hundred."
         n,m,D = len(data.valid.labels),len(data.train.labels),recipe.model.embed_dim
         train_x,part = (torch.randn(rows, D, device=state.device) for rows in (m,min(n,500)))

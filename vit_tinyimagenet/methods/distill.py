@@ -40,9 +40,10 @@ class Teacher:
                  device:torch.device):
         self.network = net = load_pretrained(name, device).requires_grad_(False)
         theirs,missing = net.info.wnids,set(info.wnids)-set(net.info.wnids)
-        if missing: raise ValueError(f"teacher='{name}' does not know {len(missing)} classes: {min(missing)}")
+        who = f"objective.teacher='{name}'"
+        if missing: raise ValueError(f'{who} does not know {len(missing)} classes: {min(missing)}')
         if net.cfg.img_size!=img_size:
-            raise ValueError(f"teacher='{name}' sees {net.cfg.img_size} pixels a side, not {img_size}")
+            raise ValueError(f'{who} sees {net.cfg.img_size} pixels a side, not {img_size}')
         self.classes = torch.tensor([theirs.index(w) for w in info.wnids], device=device)
         of = lambda v: torch.tensor(v, device=device).view(3,1,1)
         mean,std,own = of(aug.mean),of(aug.std),of(net.info.std)
@@ -65,7 +66,7 @@ class Distill(Supervised):
     def loss_fn(self, recipe:Recipe, state:TrainState, info:DatasetInfo)->Callable:
         aug = recipe.augment
         teacher = Teacher(self.teacher, info, aug, recipe.model.img_size, state.device)
-        warn_minival_leak(recipe, 'teacher', self.teacher, teacher.network.info.wnids, info)
+        warn_minival_leak(recipe, 'objective.teacher', self.teacher, teacher.network.info.wnids, info)
         soft = lambda x,logits: distillation_loss(logits, teacher(x), self.temperature)
         mixed = lambda x,logits,loss: torch.lerp(loss, soft(x,logits), self.share)
         return supervised_loss(recipe.train, aug, mixed, state.compiled)

@@ -38,8 +38,9 @@ class Mae(SelfSupervised):
     def __post_init__(self):
         check_types(self)
         check_fields(self, ('mask_ratio', 0<self.mask_ratio<1, 'has to be between 0 and 1'),
-            *((f, 1<=getattr(self,f)<=1000, 'has to be in 1..1000')
-              for f in ('decoder_dim','decoder_depth','decoder_heads')))
+            *((f, getattr(self,f)>=1, 'has to be at least 1')
+              for f in ('decoder_dim','decoder_depth','decoder_heads')),
+            ('decoder_depth', self.decoder_depth<=1000, 'has to be at most 1000'))
         check_fields(self, ('decoder_dim', self.decoder_dim%4==self.decoder_dim%self.decoder_heads==0,
                             'has to be a multiple of 4 and of decoder_heads'))
     def check(self, recipe:Recipe): super().check(recipe); check_mae(recipe)

@@ -11,6 +11,7 @@ __all__ = ['RELEASE_META', 'HEADER', 'OLDEST', 'Network', 'NETWORKS', 'MAX_SIDE'
 # %% ../../nbs/2_models/04_pretrained.ipynb #04e67fcb
 import contextlib, json
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Callable
@@ -38,7 +39,7 @@ NETWORKS = dict(VisionTransformer=(VisionTransformer,VitConfig), ResNet=(ResNet,
 
 def build_model(cfg:VitConfig|ResNetConfig)->Network:
     "A new network as its config says, its weights drawn by torch's random numbers."
-    return next(network for network,config in NETWORKS.values() if type(cfg) is config)(cfg)
+    return ResNet(cfg) if isinstance(cfg,ResNetConfig) else VisionTransformer(cfg)
 
 def release_header(model:Network,
                    info:DatasetInfo # of the data that it was trained on
@@ -193,8 +194,7 @@ def eval_transform(model:Network # with `info`, as `load_pretrained` gives it
                   )->Callable:   # (B,3,H,W) uint8, H and W the image size -> (B,3,h,w) float32
     "The evaluation transform of a trained network: center crop, normalisation."
     mean,std = tuple(model.info.mean),tuple(model.info.std)
-    cfg = AugmentConfig(crop_size=model.cfg.img_size, mean=mean, std=std)
-    return lambda x: center_normalize(x, cfg)
+    return partial(center_normalize, cfg=AugmentConfig(model.cfg.img_size, mean=mean, std=std))
 
 # %% ../../nbs/2_models/04_pretrained.ipynb #9d2d35eb
 # what a network with the same weights may have otherwise

@@ -61,6 +61,8 @@ class Study:
         return runs
 
 # %% ../../nbs/4_runs/07_ablation.ipynb #3b66b85d
+def _kind_and_fields(part:Any)->dict: return dict(kind=type(part).__name__, **asdict(part)) # of a recipe
+
 def write_plan(study:Study, folder:Path
               )->dict: # run -> variant, seed, changes, recipe: these, and those that had begun
     "List all runs; raises `ValueError` where one that has begun was another then."
@@ -68,7 +70,7 @@ def write_plan(study:Study, folder:Path
     before = read_json(path) if path.exists() else {}
     def entry(r): return dict(variant=r['variant'], seed=r['seed'], changes=study.variants[r['variant']],
                               recipe=config_identity(r['recipe']))
-    now = json.loads(json.dumps({r['run']:entry(r) for r in study.runs()}, default=asdict))
+    now = json.loads(json.dumps({r['run']:entry(r) for r in study.runs()}, default=_kind_and_fields))
     for name in before.keys()&now.keys():
         other = '; '.join(config_differences(before[name]['recipe'], now[name]['recipe']))
         if other and (folder/name).exists():

@@ -135,7 +135,9 @@ def _present(value:Any)->Any: # what a file of a record says, under the names of
 
 def read_json(path:Path)->dict:
     "A file of a record; raises `ValueError` for one that is cut off or damaged."
-    try: return dict(_present(json.loads(path.read_text(encoding='utf-8'))))
+    try:
+        if isinstance(d := json.loads(path.read_text(encoding='utf-8')), dict): return _present(d)
+        raise ValueError(f'a {type(d).__name__}, no dict')
     except (ValueError,TypeError,KeyError) as e:
         raise ValueError(f'{path}: cut off or damaged ({e}); delete it, and start again') from e
 
