@@ -163,7 +163,7 @@ def noise(n, size=64):
 def ours(device, report, make, mode):
     "Whole training steps as `train` makes them: read, augment, forward, backward, optimiser, average."
     import gpu_checks
-    from vit_tinyimagenet.bench.timing import step_gflop
+    from vit_tinyimagenet.training.cost import step_gflop
     recipe, batch_size, tokens = shape_of(make, device)
     gpu_checks.refuse_fallback()
     recipe = replace(recipe, train=replace(recipe.train, compile=mode))

@@ -4,20 +4,27 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'demo', 'laptop', 'sprint', 'original_notebook', 'original_readme', 'own_images', 'fine_tune',
-           'laptop_encoder', 'mae_laptop', 'dino_laptop', 'dino_gpu', 'resnet_laptop', 'compact_laptop', 'laptop_long']
+           'laptop_encoder', 'mae_laptop', 'dino_laptop', 'dino_gpu', 'resnet_laptop', 'compact_laptop', 'laptop_long',
+           'recipe_of', 'recompute_cost']
 
 # %% ../nbs/recipes.ipynb #496aa627
-from dataclasses import replace
+from dataclasses import fields, replace
 
-from .data.augment import AugmentConfig
+import torch
+
+from .data.augment import AugmentConfig, with_statistics
+from .data.pack import Split
 from .methods.dino import Dino
 from .methods.distill import Distill
 from .methods.mae import Mae
+from .models.pretrained import load_pretrained
 from .models.resnet import ResNetConfig
 from .models.vit import VitConfig
-from .runs.recipe import Recipe
+from .runs.recipe import Recipe, Supervised
+from .runs.record import Run
+from .runs.report import run_cost
 from .training.optim import OptimConfig
-from .training.step import TrainConfig
+from .training.step import TrainConfig, TrainState
 
 # %% ../nbs/recipes.ipynb #2655b980
 def demo()->Recipe:
@@ -128,3 +135,27 @@ def laptop_long()->Recipe:
 RECIPES = {f.__name__:f for f in (demo, sprint, laptop, own_images, fine_tune, original_readme,
                                   original_notebook, mae_laptop, dino_laptop, dino_gpu, resnet_laptop,
                                   compact_laptop, laptop_long)}
+
+# %% ../nbs/recipes.ipynb #30ffe8b9
+def recipe_of(record:dict)->Recipe: # `Run(folder).config['recipe']`
+    "The recipe that a run has recorded."
+    def made(kind:type, given:dict):
+        known = {f.name for f in fields(kind)}
+        tuples = lambda v: tuple(map(tuples,v)) if isinstance(v,list) else v
+        return kind(**{k:tuples(v) for k,v in given.items() if k in known})
+    kinds = {k.__name__:k for k in (VitConfig,ResNetConfig,Supervised,Distill,Mae,Dino)}
+    parts = {k:made(kinds[record[k]['kind']], record[k]) for k in ('model','objective')}
+    own = dict(augment=AugmentConfig, optim=OptimConfig, train=TrainConfig)
+    return made(Recipe, {**record, **parts, **{k:made(kind, record[k]) for k,kind in own.items()}})
+
+# %% ../nbs/recipes.ipynb #99be9642
+def recompute_cost(run:Run)->dict[str,float]: # as `run_cost` gives it
+    "What a finished run cost, counted anew."
+    recipe,s,info = recipe_of(run.config['recipe']),run.summary,load_pretrained('laptop').info
+    aug,on_cpu = with_statistics(recipe.augment, info.mean, info.std),replace(recipe.train, device='cpu')
+    n = round(s['images_per_s']*s['wall_s']/s['epochs'])
+    split = Split(torch.zeros(1,3,recipe.img_size,recipe.img_size,dtype=torch.uint8),
+                  torch.zeros(n,dtype=torch.int64), ['']*n, torch.zeros(n,dtype=torch.int64))
+    state = TrainState(recipe.objective.build(recipe.model), recipe.optim, on_cpu)
+    state.step = state.total_steps = s['steps']
+    return run_cost(replace(recipe, augment=aug), state, split, info)

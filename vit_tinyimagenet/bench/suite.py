@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 # %% ../../nbs/8_bench/03_suite.ipynb #5a3d2ae6
 from .peers import BENCH, MODELS, OURS, installed
-from .timing import matrix_rate, medians, step_gflop, take_turns
+from .timing import medians, take_turns
 from ..core.commands import command
 from ..core.device import autocast, pick_device, pick_precision
 from ..core.files import expand
@@ -37,6 +37,7 @@ from ..models.ops import keep_memory
 from ..models.vit import VitConfig
 from ..recipes import original_notebook
 from ..runs.record import hardware, provenance, write_json, write_text
+from ..training.cost import matrix_rate, step_gflop
 from ..training.optim import OptimConfig, make_optimizer
 
 # %% ../../nbs/8_bench/03_suite.ipynb #4d54887c
@@ -103,7 +104,8 @@ def bench_steps(shapes:dict[str,Shape], device:torch.device, precision:str, roun
     rows = []
     for (name,shape),mode in ((s,m) for s in shapes.items() for m in modes):
         torch.compiler.reset()
-        rate = matrix_rate(precision, device)
+        sides = (2048,3072,4096) if device.type=='cpu' else (4096,8192)
+        rate = matrix_rate(precision, device, sides, repeats=5)
         times = take_turns(steps_of(shape,device,precision,mode), rounds, device)
         table = medians(times, OURS, shape.batch_size).reset_index()
         use = table.images_per_s*step_gflop(shape.vit,shape.n_tokens)/rate

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TIMING_KEYS', 'RESUME_OVERRIDES', 'write_text', 'write_json', 'write_log', 'provenance', 'hardware', 'compute_line',
-           'peak_gib', 'reset_peak', 'predictions_frame', 'recompute', 'csv_of', 'read_strings', 'read_json', 'Run',
-           'results_table', 'markdown_table', 'folder_name_problem', 'is_run', 'check_run_place', 'equal_nested',
-           'run_differences', 'basename', 'recipe_fields', 'config_identity', 'config_differences']
+           'peak_gib', 'reset_peak', 'predictions_frame', 'recompute', 'csv_of', 'read_strings', 'read_json',
+           'read_cost', 'Run', 'what_decides', 'results_table', 'markdown_table', 'folder_name_problem', 'is_run',
+           'check_run_place', 'equal_nested', 'run_differences', 'basename', 'recipe_fields', 'config_identity',
+           'config_differences']
 
 # %% ../../nbs/4_runs/01_record.ipynb #8f5a241c
 import csv, json, platform, re, shutil, subprocess, sys
@@ -124,6 +125,7 @@ _RENAMED = dict(sittings='sessions', judged_by='evaluated_with')   # of records 
 def _present(value:Any)->Any: # what a file of a record says, under the names of today
     if not isinstance(value,dict): return value
     d = {_RENAMED.get(k,k):_present(v) for k,v in value.items()}
+    if isinstance(d.get('compile'),bool): d['compile'] = 'default' if d['compile'] else 'off'
     if not {'vit','optim'}<=d.keys(): return d
     vit,net,resnet = d.pop('vit'),d.pop('net','vit'),d.pop('resnet',{})   # of a recipe
     shape = {k:vit[k] for k in ('img_size','num_classes')}
@@ -141,6 +143,13 @@ def read_json(path:Path)->dict:
     except (ValueError,TypeError,KeyError) as e:
         raise ValueError(f'{path}: cut off or damaged ({e}); delete it, and start again') from e
 
+# %% ../../nbs/4_runs/01_record.ipynb #088b29fc
+def read_cost(folder:Path, summary:dict
+             )->dict: # train_pflop, and teacher_pflop where there is one; {} where nobody has counted
+    "A run's operations; of runs that did not count them, as they were recomputed from their configuration."
+    found = {k:v for k,v in summary.items() if k.endswith('_pflop')}
+    return found or (read_json(folder/'cost.json') if (folder/'cost.json').exists() else {})
+
 # %% ../../nbs/4_runs/01_record.ipynb #4a390e8d
 class Run:
     "A run's folder, read lazily."
@@ -156,6 +165,8 @@ class Run:
     @property
     def summary(self)->dict: return read_json(self.folder/'summary.json')
     @property
+    def cost(self)->dict: return read_cost(self.folder, self.summary)
+    @property
     def log(self)->pd.DataFrame: # the history, a row an epoch; empty before the first one has ended
         path = self.folder/'log.csv'
         return pd.read_csv(path, encoding='utf-8') if path.exists() else pd.DataFrame()
@@ -166,15 +177,24 @@ class Run:
         stands = 'finished' if self.finished else 'not finished'
         return f'Run({str(self.folder)!r}): {stands}, {len(self.log)} epochs'
 
+# %% ../../nbs/4_runs/01_record.ipynb #02a8c508
+def what_decides(summary:dict)->str:
+    "What decides how fast a run is: the name of a GPU, or a CPU's threads and instruction set."
+    named = summary['hardware']
+    if summary['device']!='cpu': return named
+    *_,units,threads = named.split(', ')   # the first is its maker's name for it
+    return f'{threads}, {units}'
+
 # %% ../../nbs/4_runs/01_record.ipynb #5d89867f
 def results_table(runs:list[Run])->pd.DataFrame: # one row a run, formatted for people
     "The figures that one compares runs by."
-    def row(name:str, s:dict)->dict:
+    def row(name:str, s:dict, cost:dict)->dict:
         return {'run':name, 'top-1':f"{s['valid_top1']:.1%}", 'top-5':f"{s['valid_top5']:.1%}",
                 'params':f"{s['params']/1e6:.1f}M", 'epochs':f"{s['epochs']:g}",
+                'PFLOP':f"{cost['train_pflop']:.2g}" if cost else '',
                 'minutes':f"{s['wall_s']/60:.1f}", 'images/s':f"{s['images_per_s']:.0f}",
-                'device':s['device'], 'precision':s['precision']}
-    table = pd.DataFrame([row(r.name,r.summary) for r in runs])
+                'on':what_decides(s), 'precision':s['precision']}
+    table = pd.DataFrame([row(r.name,r.summary,r.cost) for r in runs])
     by = [r.summary.get('evaluated_with','its head') for r in runs]   # older runs had no other
     return table if set(by)<={'its head'} else table.assign(**{'evaluated by':by})
 
@@ -212,7 +232,7 @@ def check_run_place(folder:Path, option:str # that named it
         raise ValueError(f'{folder}: holds {some} and is no run of ours; choose another {option} or --name')
 
 # %% ../../nbs/4_runs/01_record.ipynb #a3667620
-TIMING_KEYS = ('wall_s','eval_s','images_per_s','peak_gib','sessions')
+TIMING_KEYS = ('wall_s','eval_s','images_per_s','peak_gib','matrix_gflops','sessions')
 
 def equal_nested(a, b)->bool:
     "Whether two nests of dicts, lists, tensors and numbers are equal to the bit, the clock left aside."

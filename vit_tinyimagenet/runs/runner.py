@@ -39,6 +39,7 @@ from .record import (Run, basename, check_run_place, compute_line, config_differ
 from .report import CHANGES, Job, check_there, finish_record, release, start_record
 from ..training.checkpoint import (backup_path, copy_run, load_checkpoint, mirror_run,
                                                   save_checkpoint)
+from ..training.cost import matrix_rate
 from ..training.diagnostics import explain_out_of_memory
 from ..training.loop import fit
 from ..training.lr_finder import lr_finder
@@ -234,7 +235,9 @@ def load_or_init_state(recipe:Recipe, folder:Path, data:Pack, mirror:Path|None, 
     assert_same_on_all_ranks(state.step, f'processes are at different steps: can all of them read {folder}?')
     if Run(folder).finished: return state,sessions
     # now, since the checkout may move on meanwhile
-    return state,[*sessions, dict(provenance(state.device), **changes, from_step=state.step)]
+    rate = matrix_rate(state.precision, state.device)   # what its hours mean
+    here = dict(provenance(state.device), matrix_gflops=round(rate), **changes, from_step=state.step)
+    return state,[*sessions, here]
 
 # %% ../../nbs/4_runs/05_runner.ipynb #cb62d837
 def train_process(recipe:Recipe, folder:Path, data:Pack, log:Callable|None, mirror:Path|None)->Run:
