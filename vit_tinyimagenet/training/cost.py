@@ -78,5 +78,6 @@ def matrix_rate(precision:str, device:torch.device,
     def rate(side:int)->float:
         a,b = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
         once(a, b)   # the first one warms up
-        return 2*side**3/min(once(a,b) for _ in range(repeats))/1e9
+        fastest = min(once(a,b) for _ in range(repeats))
+        return 2*side**3/max(fastest, 1e-9)/1e9   # some clocks stand still for so long
     return max(map(rate, sides or ((8192,) if device.type=='cuda' else (2048,))))
