@@ -65,7 +65,7 @@ def train_flops(model:nn.Module,
 
 # %% ../../nbs/3_training/09_cost.ipynb #621639d1
 def matrix_rate(precision:str, device:torch.device,
-                sides:tuple[int,...]|None=None, # of the matrices; None: 2048, and 8192 on a GPU
+                sides:tuple[int,...]|None=None, # of the matrices; None: what takes half a second at most
                 repeats:int=2
                )->float:                        # GFLOP/s, of the fastest product
     "What a machine does in nothing but products of square matrices."
@@ -80,4 +80,7 @@ def matrix_rate(precision:str, device:torch.device,
         once(a, b)   # the first one warms up
         fastest = min(once(a,b) for _ in range(repeats))
         return 2*side**3/max(fastest, 1e-9)/1e9   # some clocks stand still for so long
-    return max(map(rate, sides or ((8192,) if device.type=='cuda' else (2048,))))
+    if sides: return max(map(rate, sides))
+    first,side = rate(512),4096 if device.type=='cuda' else 2048
+    # where a CPU has no units for a precision, a large product may take minutes
+    return first if 2*side**3/1e9>first/2 else max(first, rate(side))
