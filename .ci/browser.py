@@ -68,7 +68,7 @@ def wait(is_so, complaint, seconds=PATIENCE_S):
     while time.monotonic() < end:
         if value := is_so(): return value
         time.sleep(.2)
-    sys.exit(f'browser: {complaint}')
+    sys.exit(f'browser: {complaint() if callable(complaint) else complaint}')
 
 
 def try_page(context, archive, work, shots, env):
@@ -109,11 +109,18 @@ class Lab:
         self.page.evaluate('([n,a]) => { window.jupyterapp.commands.execute(n,a) }', [name, args])
 
     def open(self, path):
-        self.command('docmanager:open', path=path, factory='Notebook')
-        ready = '''p => { const w = window.jupyterapp.shell.currentWidget;
-            return w && w.context && w.context.path === p && w.context.isReady && w.sessionContext.isReady
-                && w.sessionContext.session && w.sessionContext.session.kernel; }'''
-        self.page.wait_for_function(ready, arg=path)
+        "Open a notebook and bring it to the front, once nothing else can take its place there."
+        self.page.evaluate("""p => { const app = window.jupyterapp; window.notebook = null;
+            app.restored.then(() => app.commands.execute('docmanager:open', {path: p, factory: 'Notebook'}))
+                .then(w => { app.shell.activateById(w.id); window.notebook = w; }); }""", path)
+        ready = """() => { const w = window.notebook, shown = window.jupyterapp.shell.currentWidget;
+            return w && w === shown && w.context.isReady && w.sessionContext.isReady && w.sessionContext.session?.kernel
+                ? 'ready' : `in front: ${shown?.title.label}; dialog: ${document.querySelector('.jp-Dialog')?.innerText}`; }"""
+        state = ''
+        def is_ready():
+            nonlocal state
+            return (state := self.page.evaluate(ready)) == 'ready'
+        wait(is_ready, lambda: f'{path} does not open: {state}')
 
     def cells(self):
         return self.page.evaluate('() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells')
@@ -196,6 +203,11 @@ def nothing_set(env, work):
 def laboratory(context, folder, work, env):
     "JupyterLab on a folder of notebooks, open in the browser."
     port, token = free_port(), secrets.token_hex()
+    state = Path(tempfile.mkdtemp(dir=work))   # of its own: a layout kept from before would come back over what is opened
+    env = {**env, **{f'JUPYTER{k}': str(state/k) for k in ('LAB_SETTINGS_DIR', 'LAB_WORKSPACES_DIR', '_CONFIG_DIR')}}
+    quiet = state/'LAB_SETTINGS_DIR'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}', encoding='utf-8')
     url = f'http://127.0.0.1:{port}/lab?token={token}'
     command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port', str(port),
                '--expose-app-in-browser', f'--IdentityProvider.token={token}']
@@ -222,12 +234,8 @@ def main():
         browser = play.chromium.launch(executable_path=path, args=['--no-sandbox'])
         context = browser.new_context()
         context.set_default_timeout(PATIENCE_S*1000)
-        state = {f'JUPYTER{k}': str(work/k.lower()) for k in ('LAB_SETTINGS_DIR', 'LAB_WORKSPACES_DIR', '_CONFIG_DIR')}
-        env = {**os.environ, **state, 'PYTHONPATH': str(work/'repository'), 'VIT_TINYIMAGENET_HOME': str(work/'home')}
+        env = {**os.environ, 'PYTHONPATH': str(work/'repository'), 'VIT_TINYIMAGENET_HOME': str(work/'home')}
         try_page(context, archive, work, args.shots, env)
-        quiet = work/'lab_settings_dir'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
-        quiet.parent.mkdir(parents=True)
-        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}', encoding='utf-8')
         with laboratory(context, folder, work, nothing_set(env, work)) as lab:
             try_training(lab, folder, args.shots)
             try_notebooks(lab, args.notebooks, args.shots)
