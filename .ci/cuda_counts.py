@@ -43,6 +43,7 @@ fake_cuda.install()   # before the package is imported
 matplotlib.use('agg')
 
 from vit_tinyimagenet.bench import suite as bench
+from vit_tinyimagenet.core import device as core
 from vit_tinyimagenet.recipes import RECIPES
 from vit_tinyimagenet.data import pack as data, synthetic as twin
 from vit_tinyimagenet.deploy import export, predict, quantize
@@ -51,7 +52,7 @@ from vit_tinyimagenet.methods.distill import Distill
 from vit_tinyimagenet.models import pretrained
 from vit_tinyimagenet.runs import runner
 from vit_tinyimagenet.runs.ablation import Study, ablate
-from vit_tinyimagenet.training import loop, lr_finder, metrics, optim
+from vit_tinyimagenet.training import clock, loop, lr_finder, metrics, optim
 
 TABLE = Path(__file__).resolve().parent.parent/'results'/'cuda'/'steps.csv'
 COLUMNS = 'recipe at capability kernels waits h2d d2h slow_foreach waits_from'.split()
@@ -139,6 +140,23 @@ def noise(n=64, n_valid=40):
     return SimpleNamespace(folder=Path('noise'), info=info, train=split(n), valid=split(n_valid))
 
 
+def by_generation(precision, device, *sides):
+    "The rates of products, GFLOP/s, where no clock can tell."
+    half = dict(bf16=1e6, fp16=1e6) if fake_cuda.DEVICE.capability >= (8, 0) else dict(bf16=4e3, fp16=6e4)
+    return {'fp32': 1e4, **half}[precision]
+
+
+def become(*capability_and_free):
+    "Be another GPU from now on: see `fake_cuda.install`."
+    fake_cuda.install(*capability_and_free)
+    core.product_rates.cache_clear()
+
+
+core.matrix_rate = by_generation
+TRY = clock.precision_rates
+clock.precision_rates = lambda state, batches, loss_fn: core.product_rates(state.device)
+
+
 class Enough(Exception):
     "What ends a run once its step is counted."
 
@@ -163,7 +181,7 @@ def counts_of_a_step(state, batches, loss_fn, at):
 def counted(name):
     "A case's (row of the table, counts), one for each place."
     case, pack = CASES[name], noise()
-    fake_cuda.install(case.capability, case.free)
+    become(case.capability, case.free)
     recipe = runner.resolve_recipe(on_cuda(case.recipe(), batch_size=case.batch_size), pack)
     with OnCuda():
         state = runner.new_state(recipe, pack)
@@ -338,11 +356,19 @@ def runs_alone(home, archive):
 @whole('train: float16 on a T4, stopped and resumed')
 @with_twin
 def goes_on_in_fp16(home, archive):
-    fake_cuda.install(T4)
+    become(T4)
     recipe = short_run('fp16', archive)
     assert not session(recipe, home, stopped).finished
     run = session(recipe, home)
     assert run.finished and run.summary['precision'] == 'fp16', run.summary
+
+
+@whole('train: steps tried in each precision')
+@with_twin
+def tries_precisions(home, archive):
+    with patch.object(clock, 'precision_rates', TRY):
+        session_of, = session(short_run('tried', archive, epochs=1), home).config['sessions']
+    assert list(session_of['precisions']) == ['fp32', 'bf16', 'fp16'], session_of
 
 
 @whole('train: a masked autoencoder, and the original')
@@ -450,7 +476,7 @@ def benches():
 @whole('what torch.cuda says')
 def device_says():
     "The harness itself: what upcoming code may ask of it, and that it refuses what a GPU refuses."
-    fake_cuda.install(T4)
+    become(T4)
     said = torch.cuda.get_device_properties('cuda'), torch.cuda.get_device_capability(torch.device('cuda:0'))
     assert (said[0].major, said[0].minor) == said[1] == T4
     free, total = torch.cuda.mem_get_info(torch.device('cuda'))
@@ -523,7 +549,7 @@ def steps_where_finite(p, grad):
 def tried(name, f):
     "Run `f`; what it returns, or [], its complaints, and how long it took."
     start, out, wrong = time.time(), [], []
-    fake_cuda.install(H100)
+    become()
     try: out = f() or []
     except Exception as e:
         traceback.print_exc()

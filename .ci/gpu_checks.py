@@ -137,8 +137,8 @@ def agreement(recipe, pack, device):
     reference = losses(recipe, pack, 'cpu', 'fp32')
     half = HALF*(5 if isinstance(recipe.objective, Dino) else 1)   # whose low temperatures make rounding large
     for precision, most in (('fp32', FP32), ('bf16', half), ('fp16', half)):
-        if precision == 'bf16' and device != 'cpu' and not core.has_native_bf16(torch.device(device)):
-            yield 'bf16', None, 'not native here'
+        if device != 'cpu' and precision not in core.product_rates(torch.device(device)):
+            yield precision, None, 'emulated here'
             continue
         got = losses(recipe, pack, device, precision)
         n = len(got)
@@ -213,6 +213,11 @@ def short_run(work, **train):
     return replace(recipe, augment=replace(recipe.augment, cutmix=.5), train=replace(recipe.train, **train))
 
 
+def in_half(device):
+    "The precision whose products are fastest: the same in two runs, as one that each measures need not be."
+    return core.pick_precision(torch.device(device))
+
+
 def stop_after(epochs):
     "What to log with, so that SIGTERM stops a run at the end of its epoch `epochs`."
     return lambda row: os.kill(os.getpid(), signal.SIGTERM) if row['epoch'] == epochs else None
@@ -223,7 +228,7 @@ def silent(row): pass
 
 def resumed(device, work):
     "A run stopped by the clock, then by SIGTERM, and resumed is the run left alone, to the bit."
-    recipe = short_run(work, device=device, precision='auto', deterministic=True, epochs=5)
+    recipe = short_run(work, device=device, precision=in_half(device), deterministic=True, epochs=5)
     alone = runner.train(recipe, work/'alone', silent, work)
     epoch_s = 20*24/alone.log.images_per_s.iloc[-1]
     hurried = replace(recipe, train=replace(recipe.train, max_minutes=1.5*epoch_s/60))
@@ -251,7 +256,7 @@ def compiled(mode):
     "The check of one mode of `TrainConfig.compile`: runs with evaluations and a resume between epochs."
     def check(device, work):
         refuse_fallback()
-        recipe = short_run(work, device=device, precision='auto', epochs=2, deterministic=True)
+        recipe = short_run(work, device=device, precision=in_half(device), epochs=2, deterministic=True)
         eager = runner.train(recipe, work/'eager', silent, work)
         recipe = replace(recipe, train=replace(recipe.train, compile=mode))
         out, start = work/'compiled', time.perf_counter()
@@ -289,8 +294,9 @@ def facts(device, work):
     p = torch.cuda.get_device_properties(0)
     yield 'device', True, (f'capability {p.major}.{p.minor}, {p.total_memory/2**30:.0f} GiB, '
                            f'{p.multi_processor_count} multiprocessors')
-    native = core.has_native_bf16(torch.device(device))
-    yield 'CUDA', True, f'{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, native bf16 {native}'
+    yield 'CUDA', True, f'{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}'
+    rates = core.product_rates(torch.device(device))
+    yield 'products', True, ', '.join(f'{p} {r/1e3:.0f} TFLOP/s' for p, r in rates.items())
     query = 'name,driver_version,memory.free,memory.total,clocks.sm,clocks.max.sm,power.limit'
     command = ['nvidia-smi', f'--query-gpu={query}', '--format=csv,noheader']
     p = subprocess.run(command, capture_output=True, encoding='utf-8')

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .timing import medians, take_turns
 from ..core.commands import command
-from ..core.device import has_native_bf16
+from ..core.device import product_rates
 from ..core.display import COLOURS, legend
 from ..core.files import expand
 from ..core.rng import shuffled
@@ -43,9 +43,9 @@ def some_pixels(data:Pack, n:int=512)->Tensor: # (n,3,H,W) uint8
 def torch_forms(model:Network,
                 pixels:Tensor  # as `some_pixels` gives them
                )->dict[str,InferenceModel]: # form -> (B,3,H,W) uint8 -> (B,K) logits
-    "A network in float32, in bfloat16 where the machine has it, and in what eight-bit forms it has."
+    "A network in float32, in bfloat16 where that is no slower, and in what eight-bit forms it has."
     served = {'fp32':InferenceModel(model)}
-    if has_native_bf16(torch.device('cpu')): served['bf16'] = InBfloat16(model)
+    if 'bf16' in product_rates(torch.device('cpu')): served['bf16'] = InBfloat16(model)
     if isinstance(model,ResNet): return served   # its convolutions stay as they are
     ranges = input_ranges(model, served['fp32'].view_of(pixels))
     return served|{f'int8 {f}':InferenceModel(to_int8(model,f,ranges)) for f in FORMS}

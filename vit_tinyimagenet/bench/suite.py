@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from .peers import BENCH, MODELS, OURS, installed
 from .timing import medians, take_turns
 from ..core.commands import command
-from ..core.device import autocast, pick_device, pick_precision
+from ..core.device import autocast, matrix_rate, pick_device, pick_precision
 from ..core.files import expand
 from ..data.augment import AugmentConfig, augment
 from ..data.loader import Batches
@@ -37,7 +37,7 @@ from ..models.ops import keep_memory
 from ..models.vit import VitConfig
 from ..recipes import original_notebook
 from ..runs.record import hardware, provenance, write_json, write_text
-from ..training.cost import matrix_rate, step_gflop
+from ..training.cost import step_gflop
 from ..training.optim import OptimConfig, make_optimizer
 
 # %% ../../nbs/8_bench/03_suite.ipynb #4d54887c

@@ -74,10 +74,9 @@ def hardware(device:torch.device)->str:
 # %% ../../nbs/4_runs/01_record.ipynb #6a23a94e
 def compute_line(device:torch.device,
                  precision:str,       # of the matrix products
-                 given:bool           # whether it was asked for
+                 why:str              # it computes in that
                 )->str:
     "What computes, in which precision and why, and what torch leaves unused."
-    why = 'as given' if given else 'multiplied natively here' if precision=='bf16' else 'no native bf16 here'
     hint = unused_gpu() if device.type=='cpu' else ''
     return f'computing on {hardware(device)}, in {precision} ({why})\n{hint}'.strip()
 

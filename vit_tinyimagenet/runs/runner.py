@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'KNN_K', 'FINISHED', 'weights_name', 'identity', 'identity_differences', 'owned', 'check_format', 'read_run',
            'init_run_dir', 'resume', 'resolve_recipe', 'warn_minival_leak', 'new_state', 'run_folder', 'loop_parts',
-           'seconds_to_evaluate', 'load_or_init_state', 'train_process', 'carry_out', 'save_job', 'complete', 'train',
-           'fit_recipe', 'print_row', 'find_lr']
+           'seconds_to_evaluate', 'load_or_init_state', 'train_process', 'measured', 'carry_out', 'save_job',
+           'complete', 'train', 'fit_recipe', 'print_row', 'find_lr']
 
 # %% ../../nbs/4_runs/05_runner.ipynb #99e5b173
 import contextlib, copy, hashlib, itertools, statistics, time, warnings
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from ..core.config import check_fields
-from ..core.device import deterministic, in_notebook, pick_device
+from ..core.device import deterministic, in_notebook, matrix_rate, pick_device
 from ..core.distributed import (all_reduce_max, assert_same_on_all_ranks, print_rank0,
                                                process_group, world)
 from ..core.files import expand, lock, sweep
@@ -39,7 +39,7 @@ from .record import (Run, basename, check_run_place, compute_line, config_differ
 from .report import CHANGES, Job, check_there, finish_record, release, start_record
 from ..training.checkpoint import (backup_path, copy_run, load_checkpoint, mirror_run,
                                                   save_checkpoint)
-from ..training.cost import matrix_rate
+from ..training.clock import settle_precision
 from ..training.diagnostics import explain_out_of_memory
 from ..training.loop import fit
 from ..training.lr_finder import lr_finder
@@ -47,7 +47,7 @@ from ..training.metrics import predict_split
 from ..training.step import TrainState, pick_compile
 
 # %% ../../nbs/4_runs/05_runner.ipynb #c837f64b
-FORMAT = 4   # of checkpoints: raised when their contents change
+FORMAT = 5   # of checkpoints: raised when their contents change
 
 def weights_name(name:str)->str: # without its place, and what it holds where it can be found
     "What weights are known by."
@@ -133,7 +133,7 @@ def init_run_dir(folder:Path, mirror:Path|None, same:dict # as for `read_run`
 # %% ../../nbs/4_runs/05_runner.ipynb #2829af09
 def resume(state:TrainState, folder:Path,
            same:dict,   # `identity` of the run
-           here:dict    # what this session is: `CHANGES` and more
+           here:dict    # `CHANGES` of this session, but for the precision
           )->list[dict]: # those before it
     "Restore a state from its checkpoint; raises `ValueError` when the folder is another run's."
     saved = read_run(folder, '--out', same)
@@ -141,7 +141,7 @@ def resume(state:TrainState, folder:Path,
     if Run(folder).finished: return saved['sessions']
     state.load_state_dict(saved['state'])
     print_rank0(f'resuming {folder} after step {state.step}')
-    before = saved['sessions'][-1]
+    before,here = saved['sessions'][-1],{**here, 'precision':state.precision}
     changed = [f'{k} {before[k]} so far, {here[k]} from here' for k in CHANGES
                if k in before and k in here and before[k]!=here[k]]
     if changed: warnings.warn(f"{folder}: {', '.join(changed)}: not to the bit the run that it was to be")
@@ -227,7 +227,7 @@ def load_or_init_state(recipe:Recipe, folder:Path, data:Pack, mirror:Path|None, 
     no_disk = f'{folder} is not there for all processes: put --out on a disk that all of them see'
     assert_same_on_all_ranks(int(folder.is_dir()), no_disk)
     state,cfg = new_state(recipe, data, folder),recipe.train
-    changes = dict(precision=state.precision, processes=world().size, accumulate=cfg.accumulate)
+    changes = dict(processes=world().size, accumulate=cfg.accumulate)
     on_cpu = state.device.type=='cpu'   # where nothing is compiled unasked, and all is deterministic
     changes['compile'] = 'off' if on_cpu and cfg.compile=='auto' else cfg.compile
     if not on_cpu: changes['deterministic'] = cfg.deterministic
@@ -235,9 +235,7 @@ def load_or_init_state(recipe:Recipe, folder:Path, data:Pack, mirror:Path|None, 
     assert_same_on_all_ranks(state.step, f'processes are at different steps: can all of them read {folder}?')
     if Run(folder).finished: return state,sessions
     # now, since the checkout may move on meanwhile
-    rate = matrix_rate(state.precision, state.device)   # what its hours mean
-    here = dict(provenance(state.device), matrix_gflops=round(rate), **changes, from_step=state.step)
-    return state,[*sessions, here]
+    return state,[*sessions, dict(provenance(state.device), **changes, from_step=state.step)]
 
 # %% ../../nbs/4_runs/05_runner.ipynb #cb62d837
 def train_process(recipe:Recipe, folder:Path, data:Pack, log:Callable|None, mirror:Path|None)->Run:
@@ -250,14 +248,27 @@ def train_process(recipe:Recipe, folder:Path, data:Pack, log:Callable|None, mirr
     if mirror and not world().rank: mirror_run(folder, mirror)   # the last time, it may have been away
     return Run(folder)
 
+# %% ../../nbs/4_runs/05_runner.ipynb #7dde5b0b
+def measured(state:TrainState, batches:Batches, loss_fn:Callable)->dict:
+    "The precision of a session with what it was chosen by, and what hours mean on this machine."
+    decided = 'as given' if state.cfg.precision!='auto' else 'as so far' if state.decided else ''
+    rates = {p:round(r,1) for p,r in settle_precision(state, batches, loss_fn).items()}
+    tried = ', '.join(f'{p} {r:.0f} images/s' for p,r in rates.items()) or 'others are not faster here'
+    print_rank0(compute_line(state.device, state.precision, decided or tried))
+    rate = matrix_rate(state.precision, state.device)
+    found = dict(precision=state.precision, matrix_gflops=round(rate))
+    return {**found, 'precisions':rates} if rates else found
+
 def carry_out(job:Job, log:Callable|None, began:float):
     "Train, and where that has ended, write what follows."
     state = job.state
-    print_rank0(compute_line(state.device, state.precision, job.recipe.train.precision!='auto'))
     train_on,job.watched = train_valid_splits(job.recipe, job.data)
     job.train_on = to_device(train_on, state.device)   # once, for training and for neighbours
+    keep_memory()   # not before: packing needs much of it once
+    parts = loop_parts(job.recipe, job.data, job.train_on, state)
+    job.sessions[-1].update(measured(state, *parts))
     if not world().rank: start_record(job)
-    fit_recipe(job, log, began)
+    fit_recipe(job, parts, log, began)
     if state.ended in FINISHED: finish_record(job)
     else: print_rank0(f'stopped by {state.ended} in epoch {state.epoch+1}; '
                       f'run again to resume in {job.folder}')
@@ -309,10 +320,9 @@ def train(recipe:Recipe,
 # %% ../../nbs/4_runs/05_runner.ipynb #1f5cd627
 FINISHED = ('done','early stopping')
 
-def fit_recipe(job:Job, log:Callable|None, began:float):
+def fit_recipe(job:Job, parts:tuple[Batches,Callable], log:Callable|None, began:float):
     "`fit` with a recipe's batches, loss and what it watches."
     recipe,data,state = job.recipe,job.data,job.state
-    keep_memory()   # not before: packing needs much of it once
     shown = {}
     if in_notebook(): shown['live'] = LiveCurve(recipe.objective.loss_name)
     plain = (lambda row: None) if shown else print_row
@@ -324,8 +334,7 @@ def fit_recipe(job:Job, log:Callable|None, began:float):
         shown['reserve_s'] = seconds_to_evaluate(recipe,data,state)+time.perf_counter()-began
     state.wall_s += time.perf_counter()-began   # getting ready counts
     evaluate = make_evaluator(recipe, job.train_on, job.watched, data.info, state)
-    fit(state, *loop_parts(recipe,data,job.train_on,state), evaluate, partial(save_job,job), told,
-        num_classes=recipe.model.num_classes, **shown)
+    fit(state, *parts, evaluate, partial(save_job,job), told, num_classes=recipe.model.num_classes, **shown)
 
 def print_row(row:dict):
     "One line an epoch."

@@ -17,7 +17,7 @@ from ..core.device import autocast, disable_progress
 from ..core.distributed import all_reduce_max, assert_same_on_all_ranks, fingerprint, world
 from ..core.rng import seed_step
 from ..data.loader import Batch, Batches
-from .budget import plan_steps
+from .clock import plan_steps, settle_precision
 from .diagnostics import check_accuracies, check_first_loss, explain_out_of_memory
 from .metrics import WeightedMean
 from .optim import lr_at
@@ -109,8 +109,9 @@ def stop_reason(state:TrainState)->str: # 'done', 'early stopping', or '' when t
 # %% ../../nbs/3_training/08_loop.ipynb #9b3ec543
 def setup(state:TrainState, batches:Batches, loss_fn:Callable, evaluate:Callable|None, save:Callable,
           num_classes:int|None, reserve_s:float, stop:StopRequest):
-    "Check the first loss and fix the length of the run, unless stopped; nothing else is changed."
+    "Check the first loss, fix precision and length of the run, unless stopped; nothing else is changed."
     start = time.perf_counter()
+    settle_precision(state, batches, loss_fn)
     if num_classes:
         seed_step(state.cfg.seed, 0)
         with torch.no_grad(), autocast(state.device,state.precision):

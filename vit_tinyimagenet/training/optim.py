@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import check_fields, check_types, one_of
-from ..core.device import DTYPES, pick_precision
 
 # %% ../../nbs/3_training/01_optim.ipynb #575d494e
 @dataclass(frozen=True)
@@ -113,12 +112,13 @@ def muon_step(params:tuple[nn.Parameter,...], # matrices of equal shape
               momentum:float,
               overflow:Tensor|None=None       # 0-d, from a `GradScaler`: above 0 nothing changes
              ):
-    "One step for some matrices, in a number of launches that does not grow with theirs."
+    "One step for some matrices, in autocast's precision and as many launches as for one."
     grads = torch.stack([p.grad for p in params])
     # a buffer drawn towards itself stays as it is, and the host need not know
     if overflow is not None: grads = torch.where(overflow>0, torch.stack(buffers), grads)
     torch._foreach_lerp_(buffers, list(grads), 1-momentum)
-    nesterov,dtype = grads.lerp_(torch.stack(buffers), momentum),DTYPES[pick_precision(grads.device)]
+    nesterov,on = grads.lerp_(torch.stack(buffers), momentum),grads.device.type
+    dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else grads.dtype
     change = list(orthogonalise(nesterov, dtype).to(grads.dtype))
     # an orthogonal (r,c) matrix has RMS 1/sqrt(max(r,c)); AdamW's updates have about 0.2
     torch._foreach_mul_(change, [g['lr']*.2*math.sqrt(max(params[0].shape)) for g in groups])

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMPILE', 'TrainConfig', 'check_train', 'patch_drop_at', 'patches_to_keep', 'supervised_loss', 'pick_compile',
-           'compiled_function', 'CompiledLoss', 'Progress', 'TrainState', 'check_losses_finite', 'check_state_finite',
-           'gradients', 'all_means', 'update_ema', 'compiled_or_not', 'train_step', 'restored_state']
+           'compiled_function', 'CompiledLoss', 'Progress', 'TrainState', 'set_precision', 'check_losses_finite',
+           'check_state_finite', 'gradients', 'all_means', 'update_ema', 'compiled_or_not', 'train_step',
+           'restored_state']
 
 # %% ../../nbs/3_training/05_step.ipynb #7ac08754
 import contextlib, copy, math, warnings
@@ -180,6 +181,8 @@ class Progress:
     best: float = math.inf       # watched loss
     bad_epochs: int = 0          # since then
     history: list[dict] = field(default_factory=list)   # a row an epoch
+    precision: str = 'fp32'      # of the products; kept by a run that goes on elsewhere
+    decided: bool = False        # whether it stays: see `settle_precision`
     def state_dict(self)->dict: return {f.name:getattr(self,f.name) for f in fields(Progress)}
     def load_state_dict(self, d:dict):
         for f in fields(Progress): setattr(self, f.name, d[f.name])
@@ -189,15 +192,14 @@ class TrainState(Progress):
     "Model, EMA, optimiser, loss scaler, and where the run stands."
     PARTS = ('model','ema','opt','scaler')
     def __init__(self, model:nn.Module, optim:OptimConfig, cfg:TrainConfig):
-        super().__init__()
-        self.cfg,self.optim,self.device = cfg,optim,pick_device(cfg.device)
-        self.precision,self.model = pick_precision(self.device, cfg.precision),model.to(self.device)
-        self.opt,self.compile = make_optimizer(model, optim),'off'   # how: see `pick_compile`
+        super().__init__(decided=cfg.precision!='auto')
+        self.cfg,self.optim,self.device,self.compile = cfg,optim,pick_device(cfg.device),'off'
+        self.model,self.opt = model.to(self.device),make_optimizer(model, optim)
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if cfg.ema_decay else None
         self.ddp = Parallel(self.model) if world().size>1 else self.model   # what a step goes through
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision=='fp16')
-        self.means:dict[str,WeightedMean] = {}   # of the epoch so far: the loss, and others
-        self.recent,self.warned,self.ended,self.loss = [],False,'',None   # losses to look at; a compiled one
+        set_precision(self, pick_precision(self.device, cfg.precision))
+        self.means,self.recent = {},[]   # of the epoch so far, the loss and others; losses to look at
+        self.warned,self.ended,self.loss = False,'',None   # the last one is compiled
     def averaged(self)->nn.Module: return self.model if self.ema is None else self.ema
     def compiled(self, f:Callable)->CompiledLoss:
         self.loss = CompiledLoss(f, self.compile, self.cfg.batch_size/(world().size*self.cfg.accumulate))
@@ -207,9 +209,15 @@ class TrainState(Progress):
         return dict(parts, means={k:m.state_dict() for k,m in self.means.items()}, **super().state_dict())
     def load_state_dict(self, d:dict):
         super().load_state_dict(d)
+        set_precision(self, self.precision if self.cfg.precision=='auto' else self.cfg.precision)
         for k in self.PARTS:   # a scaler that was off has an empty state, which one that is on refuses
             if getattr(self,k) is not None and d[k]: getattr(self,k).load_state_dict(d[k])
         self.means,self.recent = {k:WeightedMean(**m) for k,m in d['means'].items()},[]
+
+# %% ../../nbs/3_training/05_step.ipynb #adcfcceb
+def set_precision(state:TrainState, name:str):
+    "Choose the precision of the products, and with it whether losses are scaled."
+    state.precision,state.scaler = name,torch.amp.GradScaler(state.device.type, enabled=name=='fp16')
 
 # %% ../../nbs/3_training/05_step.ipynb #14c771d4
 def check_losses_finite(state:TrainState):
@@ -287,7 +295,7 @@ def train_step(state:TrainState,
     means = compiled_or_not(state, batch, loss_fn, progress)
     state.step,state.batch = state.step+1,state.batch+1
     state.scaler.unscale_(state.opt)   # or whether there was an overflow would be asked, and waited for
-    state.scaler.step(state.opt)
+    with autocast(state.device, state.precision): state.scaler.step(state.opt)
     state.scaler.update()
     if hasattr(state.model,'update_center'): means.update(state.model.update_center(means))
     update_ema(state, progress)
