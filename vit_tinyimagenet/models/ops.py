@@ -15,11 +15,12 @@ from torch import Tensor, nn
 # %% ../../nbs/2_models/01_ops.ipynb #1e3a9f4f
 _TRIM,_MMAP_MAX = -1,-4   # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
 
-def keep_memory()->bool: # whether this platform's malloc could be told
+def keep_memory(on:bool=True # False: as glibc does by itself
+               )->bool:      # whether this platform's malloc could be told
     "Let this process keep the memory that it frees, for its next tensors (glibc's mallopt(3))."
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError,OSError,TypeError): return False   # another libc, or Windows
-    return bool(mallopt(_MMAP_MAX,0) and mallopt(_TRIM,2**31-1))
+    return bool(mallopt(_MMAP_MAX, 0 if on else 65536) and mallopt(_TRIM, 2**31-1 if on else 2**17))
 
 # %% ../../nbs/2_models/01_ops.ipynb #2d251929
 ROWS = 2048   # tokens of one partial product
@@ -66,8 +67,8 @@ class _SplitHeads(torch.autograd.Function):
         ctx.shape,ctx.scale = (B,N,3,num_heads,D//3//num_heads),scale
         parts = qkv.view(ctx.shape).permute(2,0,3,1,4)                                # (3,B,h,N,d)
         out = torch.empty(parts.shape, dtype=qkv.dtype, device=qkv.device)
-        torch.mul(parts[0], scale, out=out[0])
-        out[1:].copy_(parts[1:])
+        out.copy_(parts)
+        out[0].mul_(scale)   # where rows lie together, that is fast
         return out.flatten(1,2).unbind()
     @staticmethod
     def backward(ctx, *grads):
