@@ -1,7 +1,7 @@
 # Every target sets up .venv first, so a fresh clone needs Python and make, nothing else.
 PYTHON ?= python3
-# flags of the cells that `make test` runs on top of the unmarked ones
-FLAGS ?= slow
+# flags of the cells that run on top of the unmarked ones
+FLAGS ?=
 # the official archive, for cells marked realdata; absolute, because notebooks run inside nbs/, and not by
 # $(abspath), which takes a path with a space for two
 ARCHIVE := $(patsubst ~/%,$(HOME)/%,$(or $(TINY_IMAGENET),$(wildcard ../shared/data/tiny-imagenet-200.zip)))
@@ -9,31 +9,48 @@ override TINY_IMAGENET := $(if $(filter /%,$(firstword $(ARCHIVE))),,$(if $(ARCH
 ifneq ($(TINY_IMAGENET),)
 export TINY_IMAGENET
 endif
-ENV := .venv/.installed
 BIN := .venv/bin
+# an environment with the package alone, and one with all that develops and tests it; with uv, where that is installed
+PACKAGE := .venv/.package
+ENV := .venv/.installed
+UV := $(shell command -v uv)
+VENV := $(if $(UV),uv venv --quiet --seed --allow-existing --python $(PYTHON),$(PYTHON) -m venv)
+INSTALL := $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/pip install --disable-pip-version-check)
 
 # how often `make torture` kills in each place
 KILLS ?= 9
 
-.PHONY: help demo test test-realdata test-cuda cuda-counts gpu browser colab docs torture lab export execute readme \
+.PHONY: help demo test test-all test-realdata test-cuda cuda-counts gpu browser colab docs torture lab export execute readme \
         stamp clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 # touched last, so that an interrupted install is begun again; the log is kept, as it runs to hundreds of lines
-$(ENV): settings.ini setup.py
-	@echo "setting up .venv (some minutes the first time; log in .venv/pip.log)"
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --disable-pip-version-check -e '.[dev]' >.venv/pip.log 2>&1 || { tail -n 15 .venv/pip.log; exit 1; }
-	@touch $@
+define installed
+@$(INSTALL) -e $(1) >.venv/pip.log 2>&1 || { tail -n 15 .venv/pip.log; exit 1; }
+@touch $@
+endef
 
-demo: $(ENV) ## train a small ViT on a synthetic dataset; results in results/demo/
+$(PACKAGE): settings.ini setup.py
+	@echo "setting up .venv (a minute or two the first time; log in .venv/pip.log)"
+	@$(VENV) .venv
+	$(call installed,.)
+
+$(ENV): $(PACKAGE)
+	@echo "adding what the checks and notebooks need to .venv"
+	$(call installed,'.[dev]')
+
+demo: $(PACKAGE) ## train a small ViT on a synthetic dataset; results in results/demo/
 	@rm -rf results/demo
-	@$(BIN)/vit_train demo --min_top1 0.25
+	@$(BIN)/vit_train demo --min_top1 0.5
+	@echo "next: \`$(BIN)/vit_train sprint --out runs\` trains on the real images; \`make lab\` opens the notebooks, 00_quickstart first"
 
-test: $(ENV) ## run all notebooks and every other check; FLAGS='slow realdata' runs marked cells too
+test: $(ENV) ## run all notebooks and every other check, in some minutes; FLAGS='slow' runs marked cells too
 	@$(BIN)/python .ci/check.py --flags $(FLAGS)
+
+test-all: $(ENV) ## the same with slow cells, and those on the real archive where it is at hand
+	@$(BIN)/python .ci/check.py --flags slow $(if $(TINY_IMAGENET),realdata)
 
 test-realdata: $(ENV) ## the cells on the real archive: TINY_IMAGENET=path/to/tiny-imagenet-200.zip
 	@test -f "$(TINY_IMAGENET)" || { echo "set TINY_IMAGENET to the path of tiny-imagenet-200.zip"; exit 2; }

@@ -6,6 +6,7 @@ A check is a function that yields its complaints: the place, what is wrong, and 
 import argparse
 import ast
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -55,16 +56,30 @@ def run_here(path, flags):
     print('\n' + json.dumps(dict(passed=passed, wall_s=wall_s, ran=ran)))
 
 
+# what nearly every notebook imports: once, in a process that the others are forked from
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(['matplotlib.pyplot', 'nbdev.test', 'pandas', 'torch', 'torchvision'])
+
+
+def speak_into(folder, path, flags):
+    "In the child process: `run_here`, with what is printed in files."
+    for stream, name in (1, 'out'), (2, 'err'): os.dup2(os.open(folder/name, os.O_WRONLY | os.O_CREAT), stream)
+    run_here(path, flags)
+
+
 def run_in_child(nb, flags):
     "One notebook in a process of its own, so that its memory is given back; the child's answer and its traceback."
-    command = [sys.executable, __file__, '--child', str(nb.path), '--flags', *flags]
-    # OpenMP's threads that wait are not to spin: the cores belong to other notebooks too
-    how = dict(env={**os.environ, 'OMP_WAIT_POLICY': 'PASSIVE'}, capture_output=True, encoding='utf-8')
-    try: p = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, **how)
-    except subprocess.TimeoutExpired: return dict(passed=False, wall_s=TIMEOUT_S, ran=[]), 'out of time'
-    try: return json.loads(p.stdout.splitlines()[-1]), p.stderr
-    except (IndexError, ValueError):
-        return dict(passed=False, wall_s=0, ran=[]), f'{p.stderr}\nexit code {p.returncode}'
+    with TemporaryDirectory() as d:
+        p = FORKS.Process(target=speak_into, args=(Path(d), nb.path, flags))
+        p.start()
+        p.join(TIMEOUT_S)
+        if p.is_alive():
+            p.kill()
+            return dict(passed=False, wall_s=TIMEOUT_S, ran=[]), 'out of time'
+        out, err = ((Path(d)/o).read_text(encoding='utf-8', errors='replace') for o in ('out', 'err'))
+        try: return json.loads(out.splitlines()[-1]), err
+        except (IndexError, ValueError):
+            return dict(passed=False, wall_s=0, ran=[]), f'{err}\nexit code {p.exitcode}'
 
 
 def run_complaints(nb, answer, errors):
@@ -402,12 +417,14 @@ def main():
     # the longest first, or all would wait for it at the end
     to_run = [] if args.no_run else sorted(nbs, key=lambda nb: nb.stem != '00_quickstart')
     if to_run:
-        report('the wheel is complete', wheel_complete())
+        # OpenMP's threads that wait are not to spin: the cores belong to other notebooks too
+        os.environ['OMP_WAIT_POLICY'] = 'PASSIVE'
         # one on each core; a GPU is for one at a time
         with ThreadPoolExecutor(1 if 'cuda' in args.flags else min(4, os.cpu_count())) as pool:
-            counted = pool.submit(list, cuda_path())
+            counted, wheel = pool.submit(list, cuda_path()), pool.submit(wheel_complete)
             ran, skipped = run_all(to_run, args.flags, report, pool)
             report('the path on CUDA is as counted', counted.result())
+            report('the wheel is complete', wheel.result())
     summary(ran, skipped, len(to_run))
     print(f'flags: {" ".join(args.flags) or "none"}; {time.time()-start:.0f} s')
     print(f'{report.passed} passed, {report.failed} failed')

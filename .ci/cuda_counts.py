@@ -42,7 +42,7 @@ os.environ['CUDA_VISIBLE_DEVICES'] = ''   # a device that is there stays out of 
 fake_cuda.install()   # before the package is imported
 matplotlib.use('agg')
 
-from vit_tinyimagenet.bench import suite as bench
+from vit_tinyimagenet.bench import steps as bench
 from vit_tinyimagenet.core import device as core
 from vit_tinyimagenet.recipes import RECIPES
 from vit_tinyimagenet.data import pack as data, synthetic as twin

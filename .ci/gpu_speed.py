@@ -181,7 +181,7 @@ def ours(device, report, make, mode):
 def peer(device, report, name, mode):
     "A step of another's model on one batch: forward, backward, AdamW; ours beside it in the same way."
     import torch
-    from vit_tinyimagenet.bench import suite as bench
+    from vit_tinyimagenet.bench import steps as bench
     from vit_tinyimagenet.core.device import pick_precision
     shape = bench.SHAPES['readme']
     batch_size, precision = (256 if device == 'cuda' else 4), pick_precision(torch.device(device))
