@@ -163,8 +163,8 @@ def bench_choices(shapes:dict[str,Shape], device:torch.device, rounds:int
         if precision in product_rates(device):
             step = steps_of(replace(shape,only=(OURS,)), device, precision)[OURS]
             times = take_turns({c:partial(turned,step,c) for c in choices}, rounds, device)
-            found = medians(times, 'as it is', shape.batch_size).loc[list(choices)].reset_index(names='choice')
-            found = found.rename(columns=dict(ours_over_it='as_it_is_over_it'))
+            found = medians(times, 'as it is', shape.batch_size).loc[list(choices)]
+            found = found.rename(columns=dict(ours_over_it='as_it_is_over_it')).reset_index(names='choice')
         rate = matrix_rate(precision, device, (512,))
         rows.append(found.assign(shape=name, precision=precision, products_gflop_per_s=rate))
     return pd.concat(rows, ignore_index=True)
