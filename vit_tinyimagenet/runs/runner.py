@@ -253,6 +253,7 @@ def measured(state:TrainState, batches:Batches, loss_fn:Callable)->dict:
     "The precision of a session with what it was chosen by, and what hours mean on this machine."
     decided = 'as given' if state.cfg.precision!='auto' else 'as so far' if state.decided else ''
     rates = {p:round(r,1) for p,r in settle_precision(state, batches, loss_fn).items()}
+    reset_peak(state.device)   # steps that were tried may have had more images
     tried = ', '.join(f'{p} {r:.0f} images/s' for p,r in rates.items()) or 'others are not faster here'
     print_rank0(compute_line(state.device, state.precision, decided or tried))
     rate = matrix_rate(state.precision, state.device)

@@ -12,8 +12,9 @@ from typing import Callable
 
 import torch
 
-from ..core.device import autocast, fastest, product_rates, synchronize
-from ..core.distributed import all_reduce_sum, broadcast_from_rank0, print_rank0
+from ..core.device import DTYPES, autocast, fastest, product_rates, synchronize
+from ..core.distributed import (all_reduce_max, all_reduce_sum, broadcast_from_rank0,
+                                               print_rank0)
 from ..data.loader import Batch, Batches
 from .diagnostics import is_out_of_memory
 from .step import TrainConfig, TrainState, restored_state, set_precision, train_step
@@ -25,7 +26,7 @@ def sized_to_time(batch:Batch, device:torch.device,
                  )->Batch:
     "As many images of a batch as a CPU has time for; more than it has where a GPU would wait for its host."
     if device.type!='cuda':
-        few = batch.parts(math.ceil(len(batch.y)/8))[0]
+        few = batch.parts(math.ceil(len(batch.y)/2))[0]
         seconds(few)   # the first one warms up
         n = max(len(few.y), int(spend_s/max(seconds(few),1e-9)*len(few.y)))
         return batch.parts(math.ceil(len(batch.y)/n))[0]
@@ -56,7 +57,8 @@ def step_seconds(state:TrainState, batch:Batch, loss_fn:Callable, precision:str
 def precision_rates(state:TrainState, batches:Batches, loss_fn:Callable
                    )->dict[str,float]: # precision -> images/s of all processes; empty for but one
     "How fast a training step is in each precision, by steps taken in turns; the state is left as it was."
-    names,whole = list(product_rates(state.device)),next(batches.epoch())
+    offered,whole = product_rates(state.device),next(batches.epoch())
+    names = [p for p in DTYPES if not all_reduce_max(int(p not in offered))]   # by all processes
     if len(names)==1: return {}
     def seconds(batch:Batch, precision:str=names[0])->float:
         return step_seconds(state, batch, loss_fn, precision)
@@ -69,7 +71,7 @@ def precision_rates(state:TrainState, batches:Batches, loss_fn:Callable
         times = [[seconds(batch,p) for p in names] for _ in range(rounds)]
     if compiled: state.loss.fast = compiled
     rates = len(batch.y)/torch.tensor(times, dtype=torch.float64).clamp_min(1e-9).amin(0)
-    return dict(zip(names, all_reduce_sum(rates.to(state.device)).tolist(), strict=True))
+    return dict(zip(names, all_reduce_sum(rates).tolist(), strict=True))
 
 def settle_precision(state:TrainState, batches:Batches, loss_fn:Callable
                     )->dict[str,float]: # as `precision_rates` gives them
