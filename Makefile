@@ -13,7 +13,7 @@ BIN := .venv/bin
 # an environment with the package alone, and one with all that develops and tests it; with uv, where that is installed
 PACKAGE := .venv/.package
 ENV := .venv/.installed
-UV := $(shell command -v uv)
+UV := $(shell command -v uv 2>/dev/null)
 VENV := $(if $(UV),uv venv --quiet --seed --allow-existing --python $(PYTHON),$(PYTHON) -m venv)
 INSTALL := $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/pip install --disable-pip-version-check)
 
