@@ -251,7 +251,7 @@ def train_process(recipe:Recipe, folder:Path, data:Pack, log:Callable|None, mirr
 # %% ../../nbs/4_runs/05_runner.ipynb #7dde5b0b
 def measured(state:TrainState, batches:Batches, loss_fn:Callable)->dict:
     "The precision of a session with what it was chosen by, and what hours mean on this machine."
-    decided = 'as given' if state.cfg.precision!='auto' else 'as so far' if state.decided else ''
+    decided = 'as given' if state.cfg.precision!='auto' else 'as so far' if state.precision_decided else ''
     rates = {p:round(r,1) for p,r in settle_precision(state, batches, loss_fn).items()}
     reset_peak(state.device)   # steps that were tried may have had more images
     tried = ', '.join(f'{p} {r:.0f} images/s' for p,r in rates.items()) or 'others are not faster here'

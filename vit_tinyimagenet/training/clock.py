@@ -32,10 +32,11 @@ def sized_to_time(batch:Batch, device:torch.device,
         return batch.parts(math.ceil(len(batch.y)/n))[0]
     room = torch.cuda.get_device_properties(device).total_memory/4
     for _ in range(6):
-        seconds(batch)
-        if seconds(batch)>.05 or torch.cuda.max_memory_allocated(device)>room: break
+        if min(seconds(batch),seconds(batch))>.05 or torch.cuda.max_memory_allocated(device)>room: break
         twice = torch.arange(len(batch.y), device=batch.y.device).repeat(2)
-        batch = Batch(batch.x[twice], batch.y[twice], batch.draws[twice])
+        larger = Batch(batch.x[twice], batch.y[twice], batch.draws[twice])
+        if math.isinf(seconds(larger)): break
+        batch = larger
     return batch
 
 # %% ../../nbs/3_training/06_clock.ipynb #ca2a4e19
@@ -57,7 +58,7 @@ def step_seconds(state:TrainState, batch:Batch, loss_fn:Callable, precision:str
 def precision_rates(state:TrainState, batches:Batches, loss_fn:Callable
                    )->dict[str,float]: # precision -> images/s of all processes; empty for but one
     "How fast a training step is in each precision, by steps taken in turns; the state is left as it was."
-    offered,whole = product_rates(state.device),next(batches.epoch())
+    offered,part = product_rates(state.device),next(batches.epoch()).parts(state.cfg.accumulate)[0]
     names = [p for p in DTYPES if not all_reduce_max(int(p not in offered))]   # by all processes
     if len(names)==1: return {}
     def seconds(batch:Batch, precision:str=names[0])->float:
@@ -66,7 +67,7 @@ def precision_rates(state:TrainState, batches:Batches, loss_fn:Callable
     if compiled: state.loss.fast = None   # a graph for each precision would take minutes
     state.model.train()
     with restored_state(state):
-        batch = sized_to_time(whole, state.device, seconds, 1.5/len(names)/(rounds+1))
+        batch = sized_to_time(part, state.device, seconds, 1.5/len(names)/(rounds+1))
         for p in names: seconds(batch, p)
         times = [[seconds(batch,p) for p in names] for _ in range(rounds)]
     if compiled: state.loss.fast = compiled
@@ -76,9 +77,9 @@ def precision_rates(state:TrainState, batches:Batches, loss_fn:Callable
 def settle_precision(state:TrainState, batches:Batches, loss_fn:Callable
                     )->dict[str,float]: # as `precision_rates` gives them
     "Choose a run's precision where it is open: left to the machine, and not begun."
-    if state.decided: return {}
+    if state.precision_decided: return {}
     if rates := precision_rates(state, batches, loss_fn): set_precision(state, fastest(rates))
-    state.decided = True
+    state.precision_decided = True
     return rates
 
 # %% ../../nbs/3_training/06_clock.ipynb #1171220f

@@ -182,7 +182,7 @@ class Progress:
     bad_epochs: int = 0          # since then
     history: list[dict] = field(default_factory=list)   # a row an epoch
     precision: str = 'fp32'      # of the products; kept by a run that goes on elsewhere
-    decided: bool = False        # whether it stays: see `settle_precision`
+    precision_decided: bool = False   # it stays: see `settle_precision`
     def state_dict(self)->dict: return {f.name:getattr(self,f.name) for f in fields(Progress)}
     def load_state_dict(self, d:dict):
         for f in fields(Progress): setattr(self, f.name, d[f.name])
@@ -192,7 +192,7 @@ class TrainState(Progress):
     "Model, EMA, optimiser, loss scaler, and where the run stands."
     PARTS = ('model','ema','opt','scaler')
     def __init__(self, model:nn.Module, optim:OptimConfig, cfg:TrainConfig):
-        super().__init__(decided=cfg.precision!='auto')
+        super().__init__(precision_decided=cfg.precision!='auto')
         self.cfg,self.optim,self.device,self.compile = cfg,optim,pick_device(cfg.device),'off'
         self.model,self.opt = model.to(self.device),make_optimizer(model, optim)
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if cfg.ema_decay else None
