@@ -7,7 +7,7 @@ __all__ = ['BITS', 'FORMATS', 'MAX_PIXELS', 'upright', 'used_bits', 'to_8_bits',
            'decode']
 
 # %% ../../nbs/1_data/06_decode.ipynb #cadda849
-import io, math, re, struct
+import contextlib, importlib, io, math, re, struct
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +68,7 @@ def to_rgb(img:Image.Image,   # of any of Pillow's modes
 
 # %% ../../nbs/1_data/06_decode.ipynb #5b95ed61
 FORMATS = """JPEG PNG GIF WEBP TIFF BMP DIB PPM AVIF JPEG2000 ICO CUR ICNS DDS PSD PCX QOI SGI SUN TGA
-    HEIF JXL""".split()   # the last two where a plugin for them is registered
+    HEIF JXL""".split()   # the last two by plugins; HEIF's is used where it is installed
 MAX_PIXELS = 2**28   # decoded; with what it takes to convert them, some 4 GiB
 
 class _Tiff(TiffImageFile):
@@ -118,9 +118,13 @@ def _refuse_giant(sizes:list[tuple[int,int]], most:float):
             raise ValueError(f'{w:,}x{h:,} pixels, at most {most/1e6:,.0f} million are decoded: too large, '
                              'or a decompression bomb')
 
+_HEIF = {b'heic',b'heix',b'heim',b'heis',b'hevc',b'hevx',b'mif1',b'msf1'}   # a phone's photographs
+
 def _with_header(data:bytes)->Image.Image:
     "Opened by the first of `FORMATS` that takes it, nothing decoded."
     Image.init()
+    if is_heif := data[4:8]==b'ftyp' and data[8:12] in _HEIF:
+        with contextlib.suppress(ImportError): importlib.import_module('pillow_heif').register_heif_opener()
     for name in FORMATS:
         read,takes = Image.OPEN.get(name, (None,None))
         try:
@@ -128,6 +132,7 @@ def _with_header(data:bytes)->Image.Image:
             if taken and not isinstance(taken,str):   # text says what Pillow was built without
                 return (_Tiff if name=='TIFF' else read)(io.BytesIO(data), '')
         except (SyntaxError,IndexError,TypeError,struct.error): pass   # not of this format, as in Image.open
+    if is_heif: raise ValueError('HEIC, which takes one package more: pip install pillow-heif')
     raise UnidentifiedImageError
 
 # %% ../../nbs/1_data/06_decode.ipynb #195a27ea

@@ -9,7 +9,7 @@ __all__ = ['PACK_FORMAT', 'Chunk', 'read_meta', 'pack', 'take_images', 'Split', 
 import errno, glob, hashlib, json, math, mmap, os, re, shutil
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ..core.distributed import print_rank0
 from ..core.files import data_home, expand, explain_write_errors, lock
 from .archive import MD5, ZipSource, download, is_litter
 from .decode import open_image, to_square
-from .hub import AnySource, ParquetSource, from_hub, open_images
+from .hub import AnySource, ObjectSource, ParquetSource, from_hub, open_images
 from .layout import Listing
 from .sources import list_source
 from .synthetic import make_synthetic
@@ -124,7 +124,8 @@ def _write_splits(part:Path, source, found:Listing, size:int, bits:int|None=None
 
 def _refuse_change(source, key:str):
     "Raise `ValueError` where a source is not what it was when it had this key."
-    now = source if isinstance(source,ZipSource) else type(source)(source.path)   # lists files again
+    # lists files again
+    now = source if isinstance(source,(ZipSource,ObjectSource)) else type(source)(source.path)
     if now.key()!=key: raise ValueError(f'{source.path}: changed while it was packed; run again')
 
 # %% ../../nbs/1_data/07_pack.ipynb #790f64bc
@@ -307,24 +308,25 @@ def _report_left_out(info:DatasetInfo):
     if bad: print_rank0(f"{len(bad):,} of {len(bad)+n:,} images cannot be read and are left out: {named}")
 
 # %% ../../nbs/1_data/07_pack.ipynb #656e1ff2
-def open_data(source:str|Path='official', # or 'synthetic', 'hf:owner/name', a zip, a folder, parquet, a pack
-              home:Path|None=None,        # where packs are kept; `data_home()` when None
-              img_size:int=64,            # pixels a side; a pack's folder has its own
-              skip_bad:bool=False         # leave out images that cannot be read
+def open_data(source:Any='official', # or 'synthetic', 'hf:owner/name', a zip, folder, parquet, pack, or object
+              home:Path|None=None,   # where packs are kept; `data_home()` when None
+              img_size:int=64,       # pixels a side; a pack's folder has its own
+              skip_bad:bool=False    # leave out images that cannot be read
              )->Pack:
     "Open a dataset, packing it on first use; raises `ValueError` or `OSError` naming what is wrong."
     home = expand(home or data_home())
     place = lambda stem, key: home/f'{stem}-{img_size}px-{key[:8]}'
     official = place('tiny-imagenet-200', MD5)
-    if source=='official' and _is_pack_of(official, MD5, img_size): source = official   # the zip may be gone
+    if not isinstance(source,(str,Path)): source = open_images(source)
+    elif source=='official' and _is_pack_of(official, MD5, img_size): source = official   # the zip may be gone
     elif source=='official': source = download(home)
     elif source=='synthetic':
         source = home/'synthetic-20.zip'
         if not source.exists(): make_synthetic(source)
     elif str(source).startswith('hf:'): source = ParquetSource(from_hub(source), source)
-    folder = source.path if isinstance(source,ParquetSource) else expand(source)
-    if not read_meta(folder):
-        opened = source if isinstance(source,ParquetSource) else open_images(folder)
+    folder = source if isinstance(source,AnySource) else expand(source)
+    if folder is source or not read_meta(folder):
+        opened = open_images(folder)
         folder = place(PurePosixPath(opened.name).stem, key := opened.key())
         if not _is_pack_of(folder, key, img_size, opened): pack(opened, folder, img_size, skip_bad)
     data = Pack(folder)
