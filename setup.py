@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-EXTRAS = 'dev', 'notebooks', 'bench', 'demo', 'hub', 'quantize', 'export'
+EXTRAS = 'dev', 'notebooks', 'bench', 'demo', 'hub', 'tensorboard', 'quantize', 'export'
 parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']

@@ -11,7 +11,7 @@ import contextlib, os, subprocess, sys
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Iterator
+from typing import Annotated, Any, Iterator, Literal
 
 import tyro
 
@@ -33,6 +33,7 @@ class TrainArgs:
     recipe: Annotated[Recipe, tyro.conf.arg(name='')]   # its fields keep their own names
     out: str = 'results'     # the run's folder is made inside
     mirror: str|None = None  # a second place for that folder, such as a mounted drive
+    log: Literal['tensorboard']|None = None  # a tool that watches the run, too: tensorboard --logdir OUT
     min_top1: float = 0.     # exit code 1 when the final top-1 is below this fraction
 
 # the kinds of network and objective are the named recipe's; their fields can be set
@@ -59,7 +60,7 @@ def parse(argv:list[str])->TrainArgs:
 def train_main(argv:list[str]|None=None):
     "The command `vit_train`: exit code 0 when the run is finished, 3 when it was stopped (by torchrun, 0)."
     args = parse(argv)
-    run = train(args.recipe, args.out, mirror=args.mirror)
+    run = train(args.recipe, args.out, args.log, mirror=args.mirror)
     if not run.finished: sys.exit(0 if TORCHRUN<=os.environ.keys() else 3)   # which torchrun would restart
     print_rank0(results_table([run]).to_string(index=False))
     print_rank0(f'curves, samples, predictions and weights: {run.folder}/')

@@ -31,7 +31,7 @@ from ..models.ops import keep_memory
 from ..models.pretrained import list_pretrained, load_init_weights
 
 # %% ../../nbs/4_runs/05_runner.ipynb #c3490bb5
-from .plots import LiveCurve
+from .plots import LiveCurve, tensorboard_log
 from .recipe import (Recipe, clean_view, eval_loader, make_evaluator, recipe_data,
                                           train_valid_splits)
 from .record import (Run, basename, check_run_place, compute_line, config_differences,
@@ -238,7 +238,8 @@ def load_or_init_state(recipe:Recipe, folder:Path, data:Pack, mirror:Path|None, 
     return state,[*sessions, dict(provenance(state.device), **changes, from_step=state.step)]
 
 # %% ../../nbs/4_runs/05_runner.ipynb #cb62d837
-def train_process(recipe:Recipe, folder:Path, data:Pack, log:Callable|None, mirror:Path|None)->Run:
+def train_process(recipe:Recipe, folder:Path, data:Pack, log:Callable|str|None, mirror:Path|None
+                 )->Run:
     "What each process does of a run; the first one writes."
     began,recipe = time.perf_counter(),resolve_recipe(recipe, data)
     same = identity(recipe, data)   # once: a file of weights may be replaced meanwhile
@@ -260,7 +261,7 @@ def measured(state:TrainState, batches:Batches, loss_fn:Callable)->dict:
     found = dict(precision=state.precision, matrix_gflops=round(rate))
     return {**found, 'precisions':rates} if rates else found
 
-def carry_out(job:Job, log:Callable|None, began:float):
+def carry_out(job:Job, log:Callable|str|None, began:float):
     "Train, and where that has ended, write what follows."
     state = job.state
     train_on,job.watched = train_valid_splits(job.recipe, job.data)
@@ -303,11 +304,13 @@ def complete(job:Job):
 # %% ../../nbs/4_runs/05_runner.ipynb #132efa4a
 def train(recipe:Recipe,
           out:str|Path='results',        # the run's folder is made inside
-          log:Callable|None=None,        # called with each epoch's row; None: print, or a live curve
+          log:Callable|str|None=None,    # called with each epoch's row, not printed then; or 'tensorboard'
           home:Path|None=None,           # where packed data is kept
           mirror:str|Path|None=None      # a second place for the run's folder, such as a mounted drive
          )->Run:                         # when it was stopped, not `finished`: call again to resume
     "Carry out a recipe, or resume it, and write its folder; started by torchrun, with others."
+    if not (log in (None,'tensorboard') or callable(log)):
+        raise ValueError(f"log={log!r}: has to be 'tensorboard', a function of an epoch's row, or None")
     cfg,device = recipe.train,pick_device(recipe.train.device)
     reset_peak(device)
     with (process_group(device), deterministic(cfg.deterministic),
@@ -321,21 +324,22 @@ def train(recipe:Recipe,
 # %% ../../nbs/4_runs/05_runner.ipynb #1f5cd627
 FINISHED = ('done','early stopping')
 
-def fit_recipe(job:Job, parts:tuple[Batches,Callable], log:Callable|None, began:float):
+def fit_recipe(job:Job, parts:tuple[Batches,Callable], log:Callable|str|None, began:float):
     "`fit` with a recipe's batches, loss and what it watches."
     recipe,data,state = job.recipe,job.data,job.state
     shown = {}
     if in_notebook(): shown['live'] = LiveCurve(recipe.objective.loss_name)
-    plain = (lambda row: None) if shown else print_row
-    def told(row):
+    logs = [log] if callable(log) else [] if shown else [print_row]
+    if log=='tensorboard' and not world().rank: logs.append(tensorboard_log(job.folder))
+    def report(row):
         if world().rank: return
         recipe.objective.check_epoch(row)
-        (log or plain)(row)
+        for f in logs: f(row)
     if recipe.train.budget_minutes and state.total_steps is None:
         shown['reserve_s'] = seconds_to_evaluate(recipe,data,state)+time.perf_counter()-began
     state.wall_s += time.perf_counter()-began   # getting ready counts
     evaluate = make_evaluator(recipe, job.train_on, job.watched, data.info, state)
-    fit(state, *parts, evaluate, partial(save_job,job), told, num_classes=recipe.model.num_classes, **shown)
+    fit(state, *parts, evaluate, partial(save_job,job), report, num_classes=recipe.model.num_classes, **shown)
 
 def print_row(row:dict):
     "One line an epoch."
