@@ -22,7 +22,7 @@ from PIL import Image
 from ..data.decode import open_image, to_square
 from ..data.hub import require
 from ..data.pack import open_data
-from .predict import prepare, read_image
+from .predict import Preprocess, read_image
 from ..evaluation.explain import attention_maps, grad_cam, overlay, rollout
 from ..models.pretrained import Network, list_pretrained, load_pretrained, read_header
 from ..models.vit import VisionTransformer
@@ -72,7 +72,7 @@ def look(image:Image.Image|np.ndarray, # (H,W,3) uint8, where it is an array
     "The five best classes; the image as the model gets it, with Grad-CAM, with attention where there is any."
     model = loaded(path)
     attends = isinstance(model,VisionTransformer)
-    x,large = prepare(image, model),centre_view(image, model)
+    x,large = Preprocess(model)([image]),centre_view(image, model)
     with torch.inference_mode(): p,best = model(x)[0].softmax(0).topk(min(5,model.cfg.num_classes))
     maps = [grad_cam(model, x, layer=None if attends else model.blocks)]
     if attends: maps.append(rollout(attention_maps(model,x)))

@@ -60,9 +60,9 @@ On {n_images:,} images ({split}); weights: {selection}. Seed {seed}, commit {com
 USE = '''import vit_tinyimagenet as vt
 vt.predict('photo.jpg', vt.load_pretrained('hf:{repo}'))'''
 USE_ENCODER = '''import vit_tinyimagenet as vt
-from vit_tinyimagenet.deploy.predict import prepare
+from vit_tinyimagenet.deploy.predict import Preprocess
 encoder = vt.load_pretrained('hf:{repo}')   # or start a run from it: --init hf:{repo}
-encoder(prepare('photo.jpg', encoder))   # (1, {width}) features'''
+encoder(Preprocess(encoder)(['photo.jpg']))   # (1, {width}) features'''
 LICENCE = '''
 Tiny ImageNet, and what was trained on it, are for non-commercial research, under ImageNet's terms.
 '''
