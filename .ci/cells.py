@@ -16,7 +16,7 @@ NBS = ROOT/cfg.nbs_path.relative_to(ROOT)
 TST_FLAGS = cfg.tst_flags.split()
 # where the notebooks at the root stand between the parts; those above 8_bench are articles
 AT_ROOT = {'recipes': (6.5, 1), 'studies': (6.5, 2), 'api': (8.5, 1), 'cli': (8.5, 2), 'own_images': (8.5, 3),
-           '00_quickstart': (9.5, 1), 'index': (9.5, 2)}
+           'speedrun': (8.5, 4), '00_quickstart': (9.5, 1), 'index': (9.5, 2)}
 EXPORTS = {'export', 'exporti', 'exports'}
 
 

@@ -16,7 +16,8 @@ NAMES = dict(   # -> its module
     open_data='data.pack', fix_val='data.layout',
     VisionTransformer='models.vit', VitConfig='models.vit', AugmentConfig='data.augment',
     OptimConfig='training.optim', TrainConfig='training.step',
-    load_pretrained='models.pretrained', Preprocess='deploy.predict', predict='deploy.predict', evaluate='evaluation.predictions',
+    load_pretrained='models.pretrained', Preprocess='deploy.predict', predict='deploy.predict',
+    evaluate='evaluation.predictions',
     find_lr='runs.runner', ablate='runs.ablation')
 
 # %% ../nbs/api.ipynb #35f2a570

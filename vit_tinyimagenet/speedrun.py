@@ -8,14 +8,12 @@ __all__ = ['MARKS', 'LONG', 'OFFICIAL', 'total_pflop', 'records_table', 'Check',
 
 # %% ../nbs/speedrun.ipynb #535ff7de
 import argparse, math, sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import pandas as pd
 
 from .core.commands import command
-from .core.files import expand
 from .data.pack import Pack, open_data
 from .evaluation.predictions import evaluate
 from .models.pretrained import list_pretrained, load_release
@@ -41,9 +39,9 @@ def records_table(table:pd.DataFrame, # mark, runs, date, change, as in `results
     def row(mark:float, runs:str, date:str, change:str)->dict:
         runs = [Run(results/n) for n in runs.split()]
         of = lambda k: pd.Series([r.summary[k] for r in runs]).median()
-        return {'mark':f'{mark:.1%}', 'PFLOP':f'{max(map(total_pflop,runs)):.2f}', 'top-1':f"{of('valid_top1'):.1%}",
-                'seeds':len(runs), 'minutes':f"{of('wall_s')/60:.1f}", 'on':what_decides(runs[0].summary),
-                'date':date, 'change':change}
+        return {'mark':f'{mark:.1%}', 'PFLOP':f'{max(map(total_pflop,runs)):.2f}',
+                'top-1':f"{of('valid_top1'):.1%}", 'seeds':len(runs), 'minutes':f"{of('wall_s')/60:.1f}",
+                'on':what_decides(runs[0].summary), 'date':date, 'change':change}
     return pd.DataFrame([row(**r) for r in table.to_dict('records')])
 
 # %% ../nbs/speedrun.ipynb #21394076
@@ -55,13 +53,14 @@ class Check(NamedTuple):
 
 def check_protocol(run:Run)->Iterator[Check]:
     "Data, splits and selection, as the rules want them."
-    s,recipe = run.summary,run.config['recipe']
+    s = run.summary
+    by = s.get('evaluated_with','its head'),s['view']
     yield Check('images', s['data_sha256']==OFFICIAL, f"pixels and labels {s['data_sha256'][:8]}")
     yield Check('trained on', s['train_split'].startswith('train'), s['train_split'])
-    yield Check('evaluated on', (s['split'],s['n_images'])==('valid',10_000), f"{s['n_images']:,} of {s['split']}")
+    whole = (s['split'],s['n_images'])==('valid',10_000)
+    yield Check('evaluated on', whole, f"{s['n_images']:,} of {s['split']}")
     yield Check('selection', s['selection'].startswith('none:'), s['selection'])
-    yield Check('one pass of one network', s.get('evaluated_with','its head')=='its head' and s['view']=='clean',
-                f"{s.get('evaluated_with','its head')}, {s['view']}")
+    yield Check('one pass of one network', by==('its head','clean'), ', '.join(by))
     yield Check('code', None if s['commit'] is None else not s['dirty'], f"commit {str(s['commit'])[:7]}")
 
 # %% ../nbs/speedrun.ipynb #615389c1
@@ -83,13 +82,14 @@ def check_steps(run:Run)->Iterator[Check]:
     n = 200*(recipe.per_class or 500)-10_000*('less minival' in s['train_split'])
     each = math.ceil(n/recipe.train.batch_size)
     steps = [min(e*each, s['steps']) for e in log.epoch]
-    yield Check('steps', log.step.tolist()==steps and steps[-1:]==[s['steps']], f"{s['steps']:,} of {each} an epoch")
+    fits = log.step.tolist()==steps and steps[-1:]==[s['steps']]
+    yield Check('steps', fits, f"{s['steps']:,}, {each} an epoch")
 
 # %% ../nbs/speedrun.ipynb #08ae8e44
 def check_cost(run:Run)->Iterator[Check]:
     "Operations, counted again, and those of a teacher."
-    said,counted = run.cost.get('train_pflop'),recompute_cost(run)['train_pflop']
-    yield Check('operations', bool(said) and abs(said/counted-1)<.01, f'{counted:.3f} PFLOP, {said or 0:.3f} by its record')
+    said,counted = run.cost.get('train_pflop',0.),recompute_cost(run)['train_pflop']
+    yield Check('operations', abs(said/counted-1)<.01, f'{counted:.3f} PFLOP, {said:.3f} by its record')
     try: yield Check('all operations', True, f'{total_pflop(run):.3f} PFLOP with all that it stands on')
     except FileNotFoundError as e: yield Check('all operations', False, f'{e}: put its record there')
 
@@ -104,7 +104,8 @@ def check_weights(run:Run, data:Pack|None)->Iterator[Check]:
     if data is None: yield Check('weights', None, 'need the archive: --data'); return
     again = evaluate(model, data).set_index('image').loc[frame.image]
     top1,same = (again.top1==again.label).mean(),(again.top1.values==frame.top1.values).mean()
-    yield Check('weights', abs(top1-run.summary['valid_top1'])<.003 and same>.97, f'{top1:.2%}, {same:.1%} predicted alike')
+    close = abs(top1-run.summary['valid_top1'])<.003 and same>.97
+    yield Check('weights', close, f'{top1:.2%}, {same:.1%} predicted alike')
 
 # %% ../nbs/speedrun.ipynb #74f30a74
 def verify(run:Run, data:Pack|None=None # the official archive, opened; None where it is not at hand
@@ -116,11 +117,11 @@ def verify(run:Run, data:Pack|None=None # the official archive, opened; None whe
 
 def mark_reached(runs:list[Run])->str:
     "What a record is of, in words."
-    top1,cost = (pd.Series([f(r) for r in runs]) for f in (lambda r: r.summary['valid_top1'],total_pflop))
+    top1,cost = pd.Series([r.summary['valid_top1'] for r in runs]),max(map(total_pflop,runs))
     known = 'a run' if len(runs)==1 else f'the median of {len(runs)} runs'
-    need = len({r.summary['seed'] for r in runs})<3 and cost.max()<LONG
+    need = len({r.summary['seed'] for r in runs})<3 and cost<LONG
     reached = [m for m in MARKS if top1.median()>=m]
-    said = f'{known}: {top1.median():.2%} for {cost.max():.3f} PFLOP'
+    said = f'{known}: {top1.median():.2%} for {cost:.3f} PFLOP'
     if not reached: return f'{said}: no mark yet'
     return f'{said}: the mark of {reached[-1]:.1%}'+(', once there are three seeds' if need else '')
 

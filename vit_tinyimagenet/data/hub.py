@@ -192,7 +192,8 @@ def png_of(image:Any # one of Pillow's
           )->bytes:  # a file
     "An image that is in memory alone, without loss; raises `ValueError` for anything else."
     if not isinstance(image,Image.Image):
-        raise ValueError(f'a {type(image).__name__}, no image of Pillow; pass the dataset without its transform')
+        kind = type(image).__name__
+        raise ValueError(f'a {kind}, no image of Pillow; pass the dataset without its transform')
     if image.mode in ('CMYK','YCbCr','LAB','HSV','F'): image = image.convert('RGB')   # PNG has none of these
     image.save(f := io.BytesIO(), 'PNG', compress_level=1)
     return f.getvalue()
@@ -221,6 +222,7 @@ def _called(data:Any)->str: # what a dataset's pack is named after
     named = Path(root).resolve().name if root else getattr(info,'dataset_name',None)
     return named or type(part).__name__.lower()
 
+# %% ../../nbs/1_data/05_hub.ipynb #dd0778a8
 class ObjectSource:
     "Datasets in memory, one or by the names of their splits; raises `ValueError` naming what is wrong."
     def __init__(self, data:Any): # see `rows_of`; or a dict of such

@@ -308,7 +308,7 @@ def _report_left_out(info:DatasetInfo):
     if bad: print_rank0(f"{len(bad):,} of {len(bad)+n:,} images cannot be read and are left out: {named}")
 
 # %% ../../nbs/1_data/07_pack.ipynb #656e1ff2
-def open_data(source:Any='official', # or 'synthetic', 'hf:owner/name', a zip, folder, parquet, pack, or object
+def open_data(source:Any='official', # or 'synthetic', 'hf:owner/name', zip, folder, pack, an object
               home:Path|None=None,   # where packs are kept; `data_home()` when None
               img_size:int=64,       # pixels a side; a pack's folder has its own
               skip_bad:bool=False    # leave out images that cannot be read
@@ -318,7 +318,7 @@ def open_data(source:Any='official', # or 'synthetic', 'hf:owner/name', a zip, f
     place = lambda stem, key: home/f'{stem}-{img_size}px-{key[:8]}'
     official = place('tiny-imagenet-200', MD5)
     if not isinstance(source,(str,Path)): source = open_images(source)
-    elif source=='official' and _is_pack_of(official, MD5, img_size): source = official   # the zip may be gone
+    elif source=='official' and _is_pack_of(official, MD5, img_size): source = official   # zips may be gone
     elif source=='official': source = download(home)
     elif source=='synthetic':
         source = home/'synthetic-20.zip'

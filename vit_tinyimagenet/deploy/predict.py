@@ -99,8 +99,9 @@ def load_pixels(image:AnyImage,
     x = to_square(read_image(image,2*size,bits), size)   # 2*size: as `decode` does
     return torch.from_numpy(x.copy())[None]
 
+# %% ../../nbs/7_deploy/03_predict.ipynb #ada6e425
 class Preprocess:
-    "What a model is shown of an image, as torchvision's `weights.transforms()`; of a list or a batch, of each."
+    "What a model is shown of an image, or of several: torchvision's `weights.transforms()` for our networks."
     def __init__(self, model:Network): # with `info`, as `load_pretrained` gives it
         if not hasattr(model,'info'): raise ValueError('model: has no info; take one from load_pretrained')
         self.info,self.size,self.view = model.info,model.cfg.img_size,eval_transform(model)
@@ -108,8 +109,8 @@ class Preprocess:
                 )->Tensor: # (3,H,W) float32, normalised, of an image; (B,3,H,W) of several
         "Raises `ValueError` as `read_image` does."
         several = isinstance(images,(list,tuple)) or getattr(images,'ndim',3)==4
-        pixels = [load_pixels(i, self.info.img_size, self.info.bits) for i in (images if several else [images])]
-        x = self.view(torch.cat(pixels))
+        given = images if several else [images]
+        x = self.view(torch.cat([load_pixels(i, self.info.img_size, self.info.bits) for i in given]))
         return x if several else x[0]
     def __repr__(self)->str:
         three = lambda v: '['+', '.join(f'{c:.3f}' for c in v)+']'

@@ -114,13 +114,14 @@ def _tag(name:str)->str: # what has the same first part makes a section
 
 def tensorboard_log(folder:Path # of a run
                    )->Callable: # of an epoch's row, as `train` takes it for `log`
-    "Write a run's history for TensorBoard, into `tensorboard/`; raises `ImportError` with what to install."
+    "Write a run's history for TensorBoard into `tensorboard/`; raises `ImportError` with what to install."
     SummaryWriter,writer = require('torch.utils.tensorboard','tensorboard').SummaryWriter,None
     def log(row:dict):
         nonlocal writer
         rows = [row]
         if not writer:
-            writer = SummaryWriter(Path(folder)/'tensorboard', purge_step=0)   # hides what sessions before wrote
+            # from step 0 on, what earlier sessions wrote is hidden
+            writer = SummaryWriter(Path(folder)/'tensorboard', purge_step=0)
             rows = [r for r in Run(folder).log.to_dict('records') if r['step']<row['step']]+rows
         for r in rows:
             for name in r.keys()-{'step'}: writer.add_scalar(_tag(name), r[name], r['step'])
