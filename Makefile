@@ -21,7 +21,7 @@ INSTALL := $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/pip install -
 KILLS ?= 9
 
 .PHONY: help demo test test-all test-realdata test-cuda cuda-counts gpu browser colab docs torture lab export execute readme \
-        stamp clean
+        stamp clean wheel release
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -98,3 +98,12 @@ stamp: $(ENV) ## write Colab badges and cells, with the owner that settings.ini 
 
 clean: $(ENV) ## strip the notebooks of what a run leaves besides its outputs
 	@$(BIN)/nbdev_clean
+
+wheel: $(ENV) ## build the wheel and use it as a user would, in an environment of its own; LOWEST=1: with the oldest versions allowed
+	@rm -rf build dist *.egg-info
+	@$(BIN)/python -m build --wheel >/dev/null
+	@$(BIN)/python .ci/wheel_check.py dist $(if $(LOWEST),--lowest)
+
+release: $(ENV) ## prepare VERSION=0.2.0: set it, date CHANGELOG, build, check what PyPI gets; the tag is yours to make
+	@test -n "$(VERSION)" || { echo "which one? make release VERSION=0.2.0"; exit 2; }
+	@$(BIN)/python .ci/release.py $(VERSION)

@@ -24,6 +24,7 @@ import nbformat
 from cells import NBS, ROOT, TST_FLAGS, cfg, notebooks
 from readme import differences
 from stamp import CELL_ID, stamped
+from wheel_check import USE_IT
 
 # What may stay unrun: {'NN_name.ipynb': {'skip_exec', 'eval: false'}}, the reason in a comment
 ALLOWED = {}
@@ -171,6 +172,16 @@ def badges_in_step(nbs):
         if stamped(nb) != nb.raw: yield f'{nb.name}: badge or Colab cell missing or out of date; run `make stamp`'
 
 
+def versions_in_step():
+    "One version, wherever a release says its own."
+    said = {f'{LIB}/__init__.py': r'__version__ = "(.*)"', 'CITATION.cff': r'(?s:.*)^version: (.*)$',
+            'CHANGELOG.md': r'# Changelog\s+## (\S+) \((?:unreleased|\d{4}-\d\d-\d\d)\)$'}
+    for name, pattern in said.items():
+        found = re.match(pattern, (ROOT/name).read_text(encoding='utf-8'), re.MULTILINE)
+        if not found: yield f'{name}: says no version; as a regular expression it is to be {pattern}'
+        elif found[1] != cfg.version: yield f'{name}: {found[1]}, but {cfg.version} in settings.ini; one version in both'
+
+
 # --- the rules of the house ---
 
 def imported(cell, modules):
@@ -273,23 +284,6 @@ def notebooks_open_and_close(nbs):
 
 # --- what a user installs ---
 
-# run outside the checkout, in a process where importing a development tool fails
-USE_IT = """
-import sys
-sys.modules.update(dict.fromkeys(['nbdev', 'fastcore', 'execnb']))
-import torch, {lib} as vt
-from pathlib import Path
-from {lib}.models.pretrained import list_pretrained
-assert Path(vt.__file__).is_relative_to(sys.argv[1]), vt.__file__
-assert list_pretrained(), 'no weights in the wheel'
-for name in list_pretrained():
-    model = vt.load_pretrained(name)
-    known, side = len(model.info.wnids), model.cfg.img_size
-    assert known == model.cfg.num_classes, name   # none of an encoder, which gives its features
-    assert model(torch.zeros(1, 3, side, side)).shape == (1, known or model.cfg.embed_dim), name
-"""
-
-
 def wheel_complete():
     "The wheel, installed elsewhere, imports without development tools and loads its weights."
     rmtree(ROOT/'build', ignore_errors=True)   # what an older build left there would get into this one
@@ -297,7 +291,7 @@ def wheel_complete():
         pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
         steps = [[*pip, 'wheel', '--no-deps', '-w', d, str(ROOT)],
                  [*pip, 'install', '--no-deps', '--no-index', '--find-links', d, '--target', f'{d}/site', LIB],
-                 [sys.executable, '-c', USE_IT.format(lib=LIB), f'{d}/site']]
+                 [sys.executable, '-c', USE_IT, f'{d}/site']]
         for o in steps:
             p = subprocess.run(o, cwd=d, env={**os.environ, 'PYTHONPATH': f'{d}/site'}, stdin=subprocess.DEVNULL,
                                capture_output=True, encoding='utf-8')
@@ -391,6 +385,7 @@ def check_files(nbs, flags, report):
     report('badges are in step', badges_in_step(nbs))
     report('notebooks are clean', notebooks_clean(nbs))
     report('export is in step', export_in_step())
+    report('versions are in step', versions_in_step())
     report('README is in step', readme_in_step())
     report('README tells the results', readme_tells_results())
 
