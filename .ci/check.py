@@ -172,14 +172,14 @@ def badges_in_step(nbs):
         if stamped(nb) != nb.raw: yield f'{nb.name}: badge or Colab cell missing or out of date; run `make stamp`'
 
 
-def versions_in_step():
+def versions_in_step(version=cfg.version):
     "One version, wherever a release says its own."
     said = {f'{LIB}/__init__.py': r'__version__ = "(.*)"', 'CITATION.cff': r'(?s:.*)^version: (.*)$',
             'CHANGELOG.md': r'# Changelog\s+## (\S+) \((?:unreleased|\d{4}-\d\d-\d\d)\)$'}
     for name, pattern in said.items():
         found = re.match(pattern, (ROOT/name).read_text(encoding='utf-8'), re.MULTILINE)
         if not found: yield f'{name}: says no version; as a regular expression it is to be {pattern}'
-        elif found[1] != cfg.version: yield f'{name}: {found[1]}, but {cfg.version} in settings.ini; one version in both'
+        elif found[1] != version: yield f'{name}: {found[1]}, but {version} in settings.ini; one version in both'
 
 
 # --- the rules of the house ---

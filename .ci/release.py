@@ -62,7 +62,7 @@ def main():
     if tags.stdout.strip(): sys.exit(f'v{version} is tagged; a version is released once')
     check_changelog(version)
     set_version(version)
-    if problems := list(versions_in_step()): sys.exit('\n'.join(problems))
+    if problems := list(versions_in_step(version)): sys.exit('\n'.join(problems))
     build()
     print(f'''
 {version} is ready, in dist/. Look at `git diff`; then commit, and when `make test-all` has passed, tag:
