@@ -20,6 +20,7 @@ from shutil import copytree, ignore_patterns, rmtree
 from tempfile import TemporaryDirectory
 
 import nbformat
+import yaml
 
 from cells import NBS, ROOT, TST_FLAGS, cfg, notebooks
 from readme import differences
@@ -203,12 +204,21 @@ def imports_point_down(nbs):
             yield at(nb, cell, f'imports {module}, which is no lower part or chapter; move the code or renumber')
 
 
-def names_known():
-    "Every name is defined and every import used: what a hidden cell imports, the exported module does not have."
-    command = [sys.executable, '-m', 'pyflakes', LIB, '.ci']
+def lint():
+    "What ruff finds by the rules of pyproject.toml: names that nobody defines, imports that nobody uses, likely bugs."
+    command = [sys.executable, '-m', 'ruff', 'check', '--quiet', '--output-format', 'concise', LIB, '.ci', 'setup.py']
     p = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8')
     yield from p.stdout.splitlines()
-    if p.stderr: yield f'pyflakes fails: {p.stderr.strip()[-300:]}'
+    if p.stderr: yield f'ruff fails: {p.stderr.strip()[-300:]}'
+
+
+def hooks_in_step():
+    "What pre-commit runs is of the versions that .venv has."
+    known = cfg.dev_requirements.split()
+    for repo in yaml.safe_load((ROOT/'.pre-commit-config.yaml').read_text(encoding='utf-8'))['repos']:
+        own = f"{Path(repo['repo']).name.removesuffix('-pre-commit')}=={repo['rev'].removeprefix('v')}"
+        for o in {own, *(d for hook in repo['hooks'] for d in hook.get('additional_dependencies', ()))}:
+            if o not in known: yield f'.pre-commit-config.yaml: {o}, which is not in dev_requirements (settings.ini)'
 
 
 def without_encoding(node):
@@ -377,7 +387,8 @@ def check_files(nbs, flags, report):
     report('directives are known', directives_known(nbs))
     report('flags are run', flags_are_run(flags))
     report('imports point down', imports_point_down(nbs))
-    report('names are known', names_known())
+    report('ruff finds nothing', lint())
+    report('hooks are in step', hooks_in_step())
     report('text says its encoding', text_says_its_encoding(nbs))
     report('cells are small', cells_small(nbs))
     report('outputs are fit to publish', outputs_fit_to_publish(nbs))

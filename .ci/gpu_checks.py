@@ -354,7 +354,7 @@ def same_neighbours(pack, models, device):
         encoder.head = torch.nn.Identity()
         of = lambda s: frozen.features(encoder, Batches(s, 128, shuffle=False, device=d).epoch(), view)
         known.append((of(pack.train), of(pack.valid)))
-    (a, ask_a), (b, ask_b) = known
+    (a, _), (b, _) = known
     yield judged('features', far(a[0], b[0]), 1e-4)
     near = [frozen.knn_predictions(*train, *asked, len(pack.info.wnids)) for train, asked in known]
     yield judged('neighbours', far(near[0].logits.exp(), near[1].logits.exp()), 1e-2)

@@ -8,6 +8,7 @@ __all__ = ['IMPORTS', 'PARTS', 'last', 'theirs_of', 'ours_of', 'bench_data', 'be
 
 # %% ../../nbs/8_bench/04_suite.ipynb #e4c1c31b
 import argparse, os, re, subprocess, sys
+from collections import deque
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -36,8 +37,7 @@ from ..runs.record import hardware, provenance, write_json, write_text
 # %% ../../nbs/8_bench/04_suite.ipynb #a9f6fdbb
 def last(items:Iterable):
     "Take them one after the other, as training does, and keep none but the last."
-    for item in items: pass
-    return item
+    return deque(items, maxlen=1).pop()
 
 def theirs_of(folder:Path, original:bool, n:int, batch_size:int)->Callable: # a pass over n images
     "`ImageFolder` and `DataLoader` with as many workers as cores."

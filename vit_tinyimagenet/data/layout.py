@@ -7,7 +7,7 @@ __all__ = ['NO_IMAGES', 'MAX_TEXT_BYTES', 'read_annotations', 'read_names', 'Lis
            'list_official', 'fix_val']
 
 # %% ../../nbs/1_data/03_layout.ipynb #afa90343
-import contextlib, os, warnings
+import contextlib, itertools, os, warnings
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -142,7 +142,7 @@ def _list_valid(source, val:str, files:list[str], wnids:list[str])->list[tuple[s
 def list_official(source, root:str)->Listing:
     "The official layout, raw or sorted."
     wnids,files = sorted(_text(source,f'{root}wnids.txt').split()),image_files(source)
-    twice = next((a for a,b in zip(wnids,wnids[1:]) if a==b), None)
+    twice = next((a for a,b in itertools.pairwise(wnids) if a==b), None)
     if twice: raise ValueError(f'{source.path}, {root}wnids.txt: {twice} stands there twice; remove one line')
     splits = dict(train=by_folder(source, files, f'{root}train/', wnids),
                   valid=_list_valid(source, f'{root}val/', files, wnids))

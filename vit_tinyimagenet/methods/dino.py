@@ -7,7 +7,7 @@ __all__ = ['Dino', 'check_dino', 'DinoHead', 'entropy', 'DinoModel', 'dino_loss'
            'show_views', 'teacher_temperature', 'self_distillation_loss', 'check_views', 'check_collapse']
 
 # %% ../../nbs/6_methods/02_dino.ipynb #e09e057f
-import math, warnings
+import itertools, math, warnings
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Callable
@@ -68,7 +68,7 @@ class DinoHead(nn.Module):
     def __init__(self, dim:int, cfg:Dino):
         super().__init__()
         sizes = (dim, cfg.hidden_dim, cfg.hidden_dim, cfg.bottleneck_dim)
-        layers = [m for a,b in zip(sizes,sizes[1:]) for m in (nn.Linear(a,b), nn.GELU())]
+        layers = [m for a,b in itertools.pairwise(sizes) for m in (nn.Linear(a,b), nn.GELU())]
         self.mlp = nn.Sequential(*layers[:-1])   # nothing bends the bottleneck
         self.prototypes = nn.Parameter(torch.randn(cfg.out_dim, cfg.bottleneck_dim))
     def forward(self, x:Tensor)->Tensor:

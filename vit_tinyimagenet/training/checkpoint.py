@@ -25,7 +25,8 @@ def save_checkpoint(state:dict, # tensors, numbers, strings, lists and dicts of 
         with open(part,'wb') as f:
             try: torch.save(state, f)
             except RuntimeError as e:   # of torch, where a disk is full: the cause is one below
-                raise e.__context__ if isinstance(e.__context__,OSError) else e
+                if isinstance(e.__context__,OSError): raise e.__context__ from None
+                raise
             f.flush(); os.fsync(f.fileno())
         if path.exists(): os.replace(path, backup_path(path))
 
