@@ -20,8 +20,7 @@ from nbclient.exceptions import CellExecutionError
 from cells import NBS, ROOT, cfg, notebooks
 from stamp import CELL_ID
 
-PINS = '''torch==2.11.* torchvision==0.26.* numpy==2.0.* pillow==11.3.* matplotlib==3.10.* fastcore==1.13.* ipython==7.34.*
-    ipykernel<7 setuptools'''.split()
+PINS = ROOT/'requirements-colab.txt'
 # a module of that name is how a cell knows that it is in Colab
 KERNEL = '''import sys, types
 sys.modules['google.colab'] = types.ModuleType('google.colab')
@@ -30,7 +29,8 @@ launch_new_instance()'''
 # nothing of ours was there before, and Colab's own stays as it is
 FRESH = f'''import sys, numpy, torch, IPython, {cfg.lib_path.name}
 assert 'nbdev' not in sys.modules and 'site-packages' in {cfg.lib_path.name}.__file__
-assert (torch.__version__[:4],numpy.__version__[:3],IPython.__version__[:4]) == ('2.11','2.0','7.34')'''
+pinned = dict(o.split('==') for o in {PINS.read_text(encoding='utf-8').split()!r} if '==' in o)
+for o in torch, numpy, IPython: assert o.__version__.startswith(pinned[o.__name__.lower()][:-1]), o.__version__'''
 DEMO = f'import {cfg.lib_path.name} as vt\nrun = vt.train(vt.recipes.demo())\nassert run.finished, run'
 FIRST = '0_core/01_device 5_evaluation/01_predictions'.split()
 
@@ -40,7 +40,7 @@ def environment(folder):
     python = folder/'bin'/'python'
     if not (folder/'.installed').exists():
         subprocess.run([sys.executable, '-m', 'venv', str(folder)], check=True)
-        subprocess.run([str(python), '-m', 'pip', '-q', '--disable-pip-version-check', 'install', *PINS], check=True)
+        subprocess.run([str(python), '-m', 'pip', '-q', '--disable-pip-version-check', 'install', '-r', str(PINS)], check=True)
         (folder/'.installed').touch()
     return python
 
