@@ -38,6 +38,15 @@ class Cell:
     def flags(self): return [f for f in TST_FLAGS if f in self.directives]
 
     @property
+    def fig_alt(self):
+        "What `#| fig-alt:` says of the cell's figure, as written."
+        found = re.search(r'^\s*#\s*\|\s*fig-alt:\s*(.*?)\s*$', self.source, re.MULTILINE)
+        return found[1] if found else ''
+
+    @property
+    def n_images(self): return sum(k.startswith('image/') for o in self.outputs for k in o.get('data', {}))
+
+    @property
     def code_lines(self): return [o for o in self.source.splitlines() if o.strip() and not re.match(r'\s*#\s*\|', o)]
 
     @cached_property

@@ -241,7 +241,7 @@ def text_says_its_encoding(nbs):
     fix = "add encoding='utf-8' (to a subprocess in the place of text=True)"
     for nb, cell, node in ((nb, c, n) for nb in nbs for c in nb.code for n in c.nodes):
         if without_encoding(node): yield at(nb, cell, f'{ast.unparse(node)[:60]}: {fix}')
-    for path in (*(ROOT/'.ci').glob('*.py'), ROOT/'setup.py'):
+    for path in (*(ROOT/'.ci').rglob('*.py'), ROOT/'setup.py'):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             if without_encoding(node): yield f'{path.name}, line {node.lineno}: {fix}'
 
@@ -278,6 +278,15 @@ def outputs_fit_to_publish(nbs):
             if found: yield at(nb, cell, f'{found[0]} is a path on one machine; make it relative or do not print it')
             if any(o['output_type'] == 'error' for o in cell.outputs):
                 yield at(nb, cell, 'a saved error; catch it in the cell, run again')
+
+
+def figures_have_texts(nbs):
+    "What is seen is also said: an image by its alt text, for whoever has it read out."
+    for nb, cell in ((nb, c) for nb in nbs for c in nb.cells):
+        if cell.n_images and not cell.fig_alt:
+            yield at(nb, cell, 'shows an image; add `#| fig-alt:` and, in one sentence, what it shows')
+        if not cell.is_code and re.search(r'!\[\s*\]\(|<img(?![^>]*alt="[^"]+)', cell.source):
+            yield at(nb, cell, 'an image without a text; write one between the square brackets, `![...](...)`')
 
 
 def notebooks_open_and_close(nbs):
@@ -392,6 +401,7 @@ def check_files(nbs, flags, report):
     report('text says its encoding', text_says_its_encoding(nbs))
     report('cells are small', cells_small(nbs))
     report('outputs are fit to publish', outputs_fit_to_publish(nbs))
+    report('figures have texts', figures_have_texts(nbs))
     report('notebooks open and close', notebooks_open_and_close(nbs))
     report('badges are in step', badges_in_step(nbs))
     report('notebooks are clean', notebooks_clean(nbs))

@@ -48,6 +48,8 @@ def render():
     text, resources = exporter.from_notebook_node(
         nbformat.reads(nbformat.writes(nbformat.from_dict(nb)), as_version=4),
         resources=dict(unique_key='index', output_files_dir=FIGURES.name))
+    texts = (c.fig_alt for c in filter(shown, Notebook(INDEX).cells) for _ in range(c.n_images))
+    text = re.sub(rf'!\[\w+\](?=\({FIGURES.name}/)', lambda m: f'![{next(texts)}]', text)
     text = re.sub(r'<style.*?</style>\s*', '', text, flags=re.DOTALL)   # GitHub would print pandas' style sheet
     text = re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+$', '', text, flags=re.MULTILINE)).strip() + '\n'
     return text, {k.split('/')[-1]: v for k, v in resources['outputs'].items()}
