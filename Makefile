@@ -72,11 +72,10 @@ browser: $(ENV) ## what a user does, in a real browser (needs Chromium): vit_dem
 colab: $(ENV) ## Run all in every notebook with Colab's versions of torch, numpy and IPython, nothing set
 	@$(BIN)/python .ci/colab.py
 
-docs: $(ENV) ## the site, in _proc/_docs: needs Quarto (https://quarto.org)
-	@command -v quarto >/dev/null || { echo "no Quarto here; get it from https://quarto.org"; exit 2; }
-	@PATH="$(abspath $(BIN)):$$PATH" nbdev_proc_nbs
-	@cp -R nbs/images _proc/ && touch _proc/styles.css   # nbdev passes images by, and names a style sheet
-	@cd _proc && quarto render --no-cache
+docs: $(ENV) ## the site, in _docs/html, and a check of its links and images; where there is Chromium, of what is seen
+	@rm -rf _docs && $(BIN)/python .ci/site_pages.py
+	@$(BIN)/sphinx-build -q -W --keep-going -c .ci/site -d _docs/doctrees _proc _docs/html
+	@$(BIN)/python .ci/site_check.py _docs/html
 
 torture: $(ENV) ## kill runs at random moments, go on, compare with those left alone: KILLS=9 in each place
 	@$(BIN)/python .ci/torture.py --kills $(KILLS)

@@ -20,7 +20,7 @@ import nbformat
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from cells import ROOT, notebooks
+from cells import ROOT, browser_path, notebooks
 from vit_tinyimagenet.data.pack import open_data
 from vit_tinyimagenet.data.synthetic import make_synthetic
 from vit_tinyimagenet.deploy.predict import predict
@@ -29,10 +29,6 @@ WITH_ARCHIVE = '5_evaluation/01_predictions 5_evaluation/02_explain 9_results/06
 PATIENCE_S = 900   # for whatever is waited for: a machine may be slow, or busy with something else
 TRY = ["import vit_tinyimagenet as vt", "run = vt.train(vt.recipes.demo(), 'runs')",
        "print('finished', run.finished, len(run.log))"]
-
-
-def browser_path():
-    return next((p for n in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (p := shutil.which(n))), None)
 
 
 def free_port():

@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import shutil
 from functools import cached_property
 from pathlib import Path
 
@@ -56,6 +57,12 @@ class Cell:
         try: return list(ast.walk(ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', self.source, flags=re.MULTILINE))))
         except SyntaxError: return []
 
+    @property
+    def imports_alone(self):
+        "Is it nothing but imports?"
+        top = ast.parse(self.source).body if self.nodes and '%' not in self.source else []
+        return bool(top) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in top)
+
 
 class Notebook:
     "A notebook file; cells are numbered from 1, as in nbdev_test's messages."
@@ -90,6 +97,11 @@ def notebooks():
     "All of them, in the order of imports."
     visible = (o for o in NBS.rglob('*.ipynb') if not any(p[0] in '_.' for p in o.relative_to(NBS).parts))
     return sorted(map(Notebook, visible), key=lambda nb: (nb.rank or (0, 0), nb.name))
+
+
+def browser_path():
+    "Where Chromium or Chrome is; None where there is none."
+    return next((p for n in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (p := shutil.which(n))), None)
 
 
 def as_text(raw):

@@ -246,15 +246,9 @@ def text_says_its_encoding(nbs):
             if without_encoding(node): yield f'{path.name}, line {node.lineno}: {fix}'
 
 
-def imports_alone(cell):
-    "Is a cell nothing but imports?"
-    top = ast.parse(cell.source).body if cell.nodes and '%' not in cell.source else []
-    return bool(top) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in top)
-
-
 def cells_small(nbs):
     for nb, cell in ((nb, c) for nb in nbs for c in nb.code if c.id != CELL_ID):
-        long = cell.is_exported or imports_alone(cell)
+        long = cell.is_exported or cell.imports_alone
         most = MAX_EXPORTED if long else MAX_HIDDEN if 'hide' in cell.directives else MAX_PLAIN
         n, width = len(cell.code_lines), max(map(len, cell.source.splitlines()), default=0)
         if n > most: yield at(nb, cell, f'{n} lines, at most {most}; split it')
