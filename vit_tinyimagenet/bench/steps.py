@@ -25,6 +25,7 @@ from .timing import medians, take_turns
 
 # %% ../../nbs/8_bench/03_steps.ipynb #5a3d2ae6
 from ..core.device import DTYPES, autocast, matrix_rate, product_rates
+from ..core.display import COLOURS
 from ..models import ops
 from ..models.ops import keep_memory
 from ..models.vit import Attention, VitConfig
@@ -222,8 +223,9 @@ def plot_steps(table:pd.DataFrame # from `bench_steps`
         modes = [m for m in MODES if m in w]
         for i,mode in enumerate(modes):
             y = [k-.4*(i-(len(modes)-1)/2) for k in range(len(w))]
-            colors = ['C1' if n==OURS else 'C0' for n in w.index]
-            ax.barh(y, w[mode], height=.8/len(modes), color=colors, alpha=1-.35*i, label=mode)
+            colors = [COLOURS[n==OURS] for n in w.index]
+            face = 'none' if i else colors   # hollow: compiled
+            ax.barh(y, w[mode], height=.8/len(modes), color=face, edgecolor=colors, label=mode)
         ax.set_yticks(range(len(w)), w.index, fontsize=8)
         ax.set_title(TITLES.get(shape,shape), fontsize=9, loc='left')
         if len(modes)>1 and ax is axes[0,0]: ax.legend(frameon=False, fontsize=7, loc='lower right')

@@ -43,7 +43,7 @@ def name_rows(ax:plt.Axes, names # of what is drawn at 0, 1, ...
 
 # %% ../../nbs/0_core/06_display.ipynb #3fa95347
 # told apart by all readers, unlike matplotlib's green and red
-COLOURS = '#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000'.split()   # of Okabe and Ito
+COLOURS = '#0072B2 #D17C00 #009E73 #B84A00 #CC79A7 #2A92F5 #000000'.split()
 
 # %% ../../nbs/0_core/06_display.ipynb #70806a54
 def save_figure(fig:plt.Figure, path:Path):

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from ..core.config import check_fields
-from ..core.display import drawable, name_rows
+from ..core.display import COLOURS, drawable, name_rows
 from ..core.files import expand, lock, sweep
 from .record import (Run, config_differences, config_identity,
                                           csv_of, folder_name_problem, read_json, read_strings, write_json,
@@ -167,7 +167,7 @@ def plot_differences(table:pd.DataFrame, # from `differences`
                     )->plt.Figure:
     "A bar a variant; where there are two seeds or more, with the standard error."
     fig,ax = plt.subplots(figsize=(6,.8+.3*len(table)))
-    colors = ['C0' if p>=0 else 'C3' for p in table.points]
+    colors = [COLOURS[0 if p>=0 else 3] for p in table.points]
     ax.barh(range(len(table)), table.points, xerr=table.se.fillna(0), color=colors, capsize=3)
     ax.axvline(0, color='black', lw=.8)
     name_rows(ax, table.variant)
@@ -185,7 +185,7 @@ def plot_waterfall(table:pd.DataFrame, # variant, top1 (a fraction), in the orde
     gain = top1-[0,*top1[:-1]]
     se = (top1*(100-top1)/n_images)**.5
     fig,ax = plt.subplots(figsize=(7,.8+.34*len(top1)))
-    colors = ['C7', *('C0' if g>=0 else 'C3' for g in gain[1:])]   # where it starts, up, down
+    colors = ['gray', *(COLOURS[0 if g>=0 else 3] for g in gain[1:])]   # where it starts, up, down
     ax.barh(range(len(top1)), gain, left=top1-gain, xerr=se, capsize=2, color=colors)
     right = max(top1+se)
     for y,(g,at,e) in enumerate(zip(gain, top1, se)):

@@ -76,11 +76,11 @@ def plot_progress(trace:pd.DataFrame,   # step, train_loss; from time to time
                  )->plt.Figure:
     "Loss on the left, accuracy on the right, against steps."
     fig,axes = plt.subplots(1,2,figsize=(9,2.8))
-    if len(trace): axes[0].plot(trace.step, trace.train_loss, color='C0', lw=1, label='train')
+    if len(trace): axes[0].plot(trace.step, trace.train_loss, color=COLOURS[0], lw=1, label='train')
     for ax,what,scale in zip(axes, ('loss','top1'), (1,100)):
         for i,part in enumerate(('train','valid')):
             if f'{part}_{what}' not in history or (part,what)==('train','loss') and len(trace): continue
-            ax.plot(history.step, history[f'{part}_{what}']*scale, 'o-', ms=3, color=f'C{i}', label=part)
+            ax.plot(history.step, history[f'{part}_{what}']*scale, 'o-', ms=3, color=COLOURS[i], label=part)
         ax.set(xlim=(0,total_steps), xlabel='optimiser step')
         ax.grid(alpha=.3)
         if ax.lines: legend(ax)

@@ -12,6 +12,7 @@ from typing import Callable
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from ..core.display import COLOURS
 from ..data.loader import Batches
 from .step import TrainState, restored_state, train_step
 
@@ -48,10 +49,10 @@ def plot_lr(found:pd.DataFrame # from `lr_finder`
            )->plt.Figure:
     "Loss against learning rate, with the suggested rate."
     fig,ax = plt.subplots(figsize=(6,3))
-    ax.plot(found.lr, found.loss, color='C0', alpha=.3, lw=1, label='a step')
-    ax.plot(found.lr, found.smooth, color='C0', label='smoothed')
+    ax.plot(found.lr, found.loss, color=COLOURS[0], alpha=.3, lw=1, label='a step')
+    ax.plot(found.lr, found.smooth, color=COLOURS[0], label='smoothed')
     lr = suggest_lr(found)
-    ax.axvline(lr, color='C1', ls='--', label=f'suggested: {lr:.1e}')
+    ax.axvline(lr, color=COLOURS[1], ls='--', label=f'suggested: {lr:.1e}')
     top = max(found.smooth.iloc[:5].max(), found.loss.iloc[0])
     ax.set(xscale='log', xlabel='learning rate', ylabel='training loss (nats)')
     ax.set_ylim(min(found.smooth.min(),found.loss.min())*.95, top*1.3)
