@@ -18,7 +18,7 @@ from readme import shown
 from stamp import COLAB
 
 PROC = ROOT/'_proc'
-AT_ROOT = '00_quickstart own_images recipes studies cli api'.split()
+AT_ROOT = '00_quickstart own_images speedrun recipes studies cli api'.split()
 TEXTS = {'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md'}
 REPOSITORY = f'{cfg.git_url}/{{}}/{cfg.branch}/{{}}'
 INLINE = re.compile(r'(^ *```.*?^ *```|^#+ .*?$|!?\[(?:[^\]`]|`[^`]*`)*\]\([^)]*\)|`[^`\n]+`)', re.MULTILINE | re.DOTALL)
