@@ -1,7 +1,8 @@
 """Check the built site: links and anchors, images and their texts, titles, nothing left of what pages are made from.
 
-`site_check.py _docs/html`. Where there is a Chromium, some pages are also looked at in it, on a desk and on a phone, light
-and dark: by axe-core's rules for readers who see little, or hear the page read out, and for anything wider than the screen.
+`site_check.py _docs/html`. Where there is a Chromium, some pages are also looked at in it, on a desk and on a phone,
+light and dark: by axe-core's rules for readers who see little, or hear the page read out, and for anything wider than
+the screen.
 """
 import argparse
 import re
@@ -18,8 +19,8 @@ from playwright.sync_api import sync_playwright
 
 from cells import ROOT, browser_path
 
-SEEN = ['index', 'quickstart', '2_models/vit', '2_models/index', '9_results/leaderboard', '9_results/pretraining', 'api',
-        'changelog', 'search']
+SEEN = '''index quickstart api changelog search 2_models/index 2_models/vit 9_results/leaderboard
+    9_results/pretraining'''.split()
 VIEWS = (1280, 'light'), (1280, 'dark'), (390, 'light')
 # of nbdev's directives and this machine in code, of Markdown in prose
 IN_CODE = re.compile(rf'^ *# *\| *\w.*|file://.*|{re.escape(str(ROOT))}', re.MULTILINE)
@@ -66,7 +67,7 @@ def page_complaints(page, site):
         to = (page.path.parent/path).resolve() if path else page.path
         if path.endswith('.ipynb'): yield f'{link}: a notebook, where there is a page'
         elif not to.is_file(): yield f'{link}: leads to nothing'
-        elif anchor and to.suffix == '.html' and unquote(anchor) not in site(to).ids: yield f'{link}: no such place there'
+        elif anchor and to.suffix == '.html' and unquote(anchor) not in site(to).ids: yield f'{link}: no such place'
     for src in {*page.loaded}:
         if is_elsewhere(src): yield f'{src}: from elsewhere, where readers would be seen'
         elif not (page.path.parent/unquote(src.partition('?')[0])).is_file(): yield f'{src}: missing'

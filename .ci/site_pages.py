@@ -1,5 +1,5 @@
-"""Write the site's pages into _proc/, for Sphinx: each notebook as its reader is to see it, a page for each part, and the
-repository's own texts. nbdev's directives are obeyed; what a cell exports is documented above its folded source.
+"""Write the site's pages into _proc/, for Sphinx: each notebook as its reader is to see it, a page for each part, and
+the repository's own texts. nbdev's directives are obeyed; what a cell exports is documented above its folded source.
 """
 import ast
 import inspect
@@ -21,7 +21,8 @@ PROC = ROOT/'_proc'
 AT_ROOT = '00_quickstart own_images speedrun recipes studies cli api'.split()
 TEXTS = {'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md'}
 REPOSITORY = f'{cfg.git_url}/{{}}/{cfg.branch}/{{}}'
-INLINE = re.compile(r'(^ *```.*?^ *```|^#+ .*?$|!?\[(?:[^\]`]|`[^`]*`)*\]\([^)]*\)|`[^`\n]+`)', re.MULTILINE | re.DOTALL)
+# fenced code, headings, links, code in a line
+INLINE = re.compile(r'^ *```.*?^ *```|^#+ .*?$|!?\[(?:[^\]`]|`[^`]*`)*\]\([^)]*\)|`[^`\n]+`', re.MULTILINE | re.DOTALL)
 NOTEBOOK = dict(kernelspec=dict(name='python3', display_name='python3'),
                 language_info=dict(name='python', pygments_lexer='ipython3'))
 
@@ -76,7 +77,9 @@ def defined(cell):
     return [o for o in top if isinstance(o, (ast.FunctionDef, ast.ClassDef)) and not o.name.startswith('_')]
 
 
-def described(text): return re.sub(r'(`[^`]*`)|([*_<[])', lambda m: m[1] or f'\\{m[2]}', ' '.join((text or '').split()))
+def described(text):
+    "A comment as Markdown that says just that."
+    return re.sub(r'(`[^`]*`)|([*_<[])', lambda m: m[1] or f'\\{m[2]}', ' '.join((text or '').split()))
 
 
 def parameters(of):
@@ -96,17 +99,19 @@ def fields(node, of):
 
 def signature(node):
     "The arguments, as the source has them; those of a class are its constructor's."
-    if isinstance(node, ast.FunctionDef):
-        return f'({ast.unparse(node.args)})' + (f' -> {ast.unparse(node.returns)}' if node.returns else '')
-    init = next((o for o in node.body if getattr(o, 'name', '') == '__init__'), None)
-    return f'({ast.unparse(init.args)})'.replace('(self, ', '(').replace('(self)', '()') if init else ''
+    init = next((o for o in getattr(node, 'body', []) if getattr(o, 'name', '') == '__init__'), None)
+    called = node if isinstance(node, ast.FunctionDef) else init
+    if not called: return ''
+    text = re.sub(r'^self(, |$)', '', ast.unparse(called.args))
+    return f'({text})' + (f' -> {ast.unparse(called.returns)}' if called.returns else '')
 
 
 def entry(node, of, kind, more, page):
     "The documentation of a function or class, as a directive of Sphinx's domain of Python."
     of_fields = hasattr(of, '__dataclass_fields__') and kind == 'class'
-    said = [f'{k} {linked(v, page, page)}' for k, v in (fields(node, of) if of_fields else parameters(of))]
-    text = linked(inspect.cleandoc(ast.get_docstring(node) or ''), page, page)
+    notes = fields(node, of) if of_fields else parameters(of)
+    said = [f'{what} ' + linked(text, page, '') for what, text in notes]
+    text = linked(inspect.cleandoc(ast.get_docstring(node) or ''), page, '')
     name = getattr(of, '__qualname__', node.name)
     return '\n'.join([f'{{py:{kind}}} {name}{signature(node)}', *more, '', text, '', *said])
 
@@ -130,9 +135,9 @@ def documented(cell, module, page):
 
 def opening(source, nb):
     "The title cell, with the badge, an image from elsewhere, as a link of ours; and one to the notebook."
-    links = f'[Open in Colab](\\1) [Notebook on GitHub]({REPOSITORY.format("blob", f"{NBS.name}/{nb.name}")})'
+    source_at = REPOSITORY.format('blob', f'{NBS.name}/{nb.name}')
     badge = rf'\[!\[Open in Colab\]\({re.escape(COLAB)}/assets/colab-badge.svg\)\]\((.*?)\)'
-    return re.sub(badge, lambda m: '{.at-head}\n' + links.replace('\\1', m[1]), source)
+    return re.sub(badge, rf'{{.at-head}}\n[Open in Colab](\1) [Notebook on GitHub]({source_at})', source)
 
 
 def code_cell(cell, nb, page):
@@ -160,7 +165,8 @@ def without_empty_sections(cells):
     "Cells without those headings below which all is hidden."
     kept = []
     for cell in reversed(cells):
-        if not heading(cell) or (kept and not re.match(rf'#{{1,{heading(cell)}}} ', kept[0].source)): kept.insert(0, cell)
+        level = heading(cell)
+        if not level or kept and not re.match(rf'#{{1,{level}}} ', kept[0].source): kept.insert(0, cell)
     return kept
 
 
