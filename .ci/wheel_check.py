@@ -70,7 +70,7 @@ def run(*command, cwd):
 
 def lowest_versions(folder):
     "A file that constrains what `requirements` of settings.ini names to the oldest that it allows."
-    uv = sys.executable, '-m', 'uv', 'pip', 'compile', '-q', '--resolution', 'lowest-direct'
+    uv = sys.executable, '-m', 'uv', 'pip', 'compile', '-q', '--python', sys.executable, '--resolution', 'lowest-direct'
     run(*uv, 'setup.py', '-o', folder/'lowest.txt', cwd=ROOT)
     return folder/'lowest.txt'
 

@@ -128,7 +128,8 @@ def in_background(argv:list[str], folder:Path):
     code = 'from vit_tinyimagenet.cli import ablate_main; ablate_main()'
     own = [sys.executable,'-c',code,*(a for a in argv if a!='--background')]
     with open(folder/'ablate.log','ab') as log:
-        p = subprocess.Popen(own, stdout=log, stderr=log, start_new_session=True)
+        flags = getattr(subprocess,'CREATE_NEW_PROCESS_GROUP',0)   # what a session is on Windows
+        p = subprocess.Popen(own, stdout=log, stderr=log, start_new_session=True, creationflags=flags)
     print(f'started as process {p.pid}; what it says goes to {folder}/ablate.log, and so does its end')
 
 # %% ../nbs/cli.ipynb #5135ea09

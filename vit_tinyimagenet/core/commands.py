@@ -64,7 +64,8 @@ def tell_lost(name:str, printed:bool):
     with contextlib.suppress(ValueError): sys.stdout.flush()   # closed
     lost = getattr(getattr(getattr(sys.stdout,'buffer',None),'raw',None),'lost',None)
     if not lost: return
-    if lost.errno==errno.EPIPE: return sys.exit(128+13) if printed else None   # as if SIGPIPE had ended it
+    left = lost.errno in (errno.EPIPE,errno.EINVAL)   # as Windows has it
+    if left: return sys.exit(128+13) if printed else None   # as if SIGPIPE had ended it
     said = f'{name}: standard output: {lost.strerror}'
     if printed: sys.exit(said)
     print(f'{said}; what it printed is lost, what it wrote is not', file=sys.stderr)
