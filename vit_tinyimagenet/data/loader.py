@@ -78,13 +78,18 @@ class Batch(NamedTuple):
     y: Tensor     # (B,) int64
     draws: Draws  # random numbers of each image
     weight: float = 1.   # of their mean in that of the whole batch, which several processes may share
+    view: str = ''       # what the batch is called, where it comes back in later epochs: see `Batches`
+    once: Draws|None = None # numbers of this epoch alone, where `draws` come back
     def parts(self, n:int)->list['Batch']:
         "Up to `n` parts, which together weigh as much."
         b = len(self.y)
         n = min(n, b)   # beyond, parts are empty
         cuts = [c for c in (shard(b,i,n) for i in range(n)) if c.stop>c.start]
-        return [Batch(self.x[c], self.y[c], self.draws[c], self.weight*(c.stop-c.start)/b) for c in cuts]
+        names = [self.view and f'{self.view}-{c.start}' for c in cuts]
+        return [Batch(self.x[c], self.y[c], self.draws[c], self.weight*(c.stop-c.start)/b, name,
+                      self.once and self.once[c]) for c,name in zip(cuts,names)]
 
+# %% ../../nbs/1_data/08_loader.ipynb #a380aa46
 def rank_slice(start:int, # position of a batch in the epoch's order
                n:int,     # its images
                world:World)->tuple[slice,float]: # positions of this process's images, weight of their mean
@@ -106,24 +111,23 @@ class Batches:
     "Batches of a split; on CUDA the images live on the device, see `to_device`."
     def __init__(self, split:Split, batch_size:int, seed:int=0,
                  shuffle:bool=True, device:torch.device|str='cpu', # shuffle: another order every epoch
-                 world:World=World()                               # of each batch, this process gets its part
-                ):
+                 world:World=World(),                              # of each batch, this process gets its part
+                 views:int|None=None):                             # epochs that differ; None: all
         self.labels,self.device,self.world = split.labels,torch.device(device),world
-        self.split = to_device(split, self.device)
-        self.batch_size,self.seed,self.shuffle = batch_size,seed,shuffle
+        self.split,self.batch_size,self.seed = to_device(split, self.device),batch_size,seed
+        self.shuffle,self.views = shuffle,views
     def __len__(self)->int: return math.ceil(len(self.labels)/self.batch_size)
     def n_images(self, batch:int)->int: # of a batch, over all processes
         return min(self.batch_size, len(self.labels)-batch*self.batch_size)
-    def epoch(self,
-              epoch:int=0, # counted from 0
-              start:int=0  # batches to leave out, done before
-             )->Iterator[Batch]:
+    def epoch(self, epoch:int=0, start:int=0)->Iterator[Batch]: # counted from 0; batches to leave out
         "The batches of one epoch; the last may be smaller."
-        n,to = len(self.labels),self.device
-        order = shuffled(n, self.seed, epoch) if self.shuffle else torch.arange(n)
+        n,to,view = len(self.labels),self.device,epoch%self.views if self.views else epoch
+        order = shuffled(n, self.seed, view) if self.shuffle else torch.arange(n)
         # what a GPU needs of an epoch goes there at once: a copy a batch would be a wait a batch
-        y,draws = self.labels[order].to(to),Draws(self.seed, epoch, torch.arange(n, device=to))
+        y,places = self.labels[order].to(to),torch.arange(n, device=to)
+        draws,once = (Draws(self.seed, e, places) for e in (view,epoch))
         order = order.to(self.split.images.device)
         for i in range(start, len(self)):
             own,weight = rank_slice(i*self.batch_size, self.n_images(i), self.world)
-            yield Batch(self.split.read(order[own], to), y[own], draws[own], weight)
+            back = (f'{view}-{own.start}',once[own]) if self.views else ()
+            yield Batch(self.split.read(order[own], to), y[own], draws[own], weight, *back)

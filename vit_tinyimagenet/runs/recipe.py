@@ -33,6 +33,7 @@ from ..training.step import TrainConfig, TrainState, supervised_loss
 class Objective:
     "How a run learns and what evaluates it. A subclass has fields, network, loss and predictions of its own."
     loss_name = 'cross-entropy (nats)'   # and a subclass says `uses_labels` and what it is `evaluated_with`
+    views = None   # epochs that differ, where later ones are the same again: see `Batches`
     def check(self, recipe:'Recipe'): pass # raises `ValueError` where the rest of a recipe does not fit
     def encoder(self, model:nn.Module)->nn.Module: return model # what is released of what `build` has made
     def more_eval_s(self, recipe:'Recipe', eval_s:float, # seconds that the images take

@@ -19,7 +19,8 @@ from ..data.loader import Batches
 from ..data.pack import DatasetInfo, Pack, Split
 from ..models.pretrained import load_pretrained, save_release
 from .plots import plot_curves
-from .recipe import Recipe, eval_loader, named_splits, train_valid_splits
+from .recipe import (Recipe, Supervised, eval_loader, named_splits,
+                                          train_valid_splits)
 from .record import (Run, csv_of, peak_gib, predictions_frame, recipe_fields,
                                           write_json, write_text)
 from ..training.cost import count_flops, phases, train_flops
@@ -104,14 +105,17 @@ def run_cost(recipe:Recipe,     # resolved
     batch,steps = next(Batches(split, 2).epoch()),phases(recipe.train, state.step, state.total_steps)
     total = len(split.labels)
     n = total/-(-total//recipe.train.batch_size)   # images of a step, the last one of an epoch among them
+    name = getattr(recipe.objective,'teacher',None)
+    own = Supervised() if name else recipe.objective   # without a teacher's products
     with torch.random.fork_rng(devices=[]):
-        loss_fn = recipe.objective.loss_fn(recipe, plain, info)
+        loss_fn = own.loss_fn(recipe, plain, info)
         cost = dict(train_pflop=n*train_flops(plain.model, loss_fn, batch, steps)/1e15)
-        if name := getattr(recipe.objective,'teacher',None):
-            teacher,side = load_pretrained(name),recipe.model.img_size
-            flops = count_flops(lambda: teacher(torch.zeros(1,3,side,side)))
-            cost['teacher_pflop'] = n*state.step*flops/1e15
-    return cost
+        if not name: return cost
+        teacher,side = load_pretrained(name),recipe.model.img_size
+        flops = count_flops(lambda: teacher(torch.zeros(1,3,side,side)))
+    asked = min(state.step, recipe.objective.asked_epochs(state.device)*-(-total//recipe.train.batch_size))
+    cost['teacher_pflop'] = n*asked*flops/1e15
+    return cost|dict(train_pflop=cost['train_pflop']+cost['teacher_pflop'])
 
 # %% ../../nbs/4_runs/04_report.ipynb #f9a04bda
 def check_there(folder:Path):

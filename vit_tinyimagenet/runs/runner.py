@@ -204,7 +204,8 @@ def run_folder(recipe:Recipe, out:str|Path)->Path:
 def loop_parts(recipe:Recipe, data:Pack, train_on:Split, state:TrainState)->tuple[Batches,Callable]:
     "A recipe's batches and its loss function."
     cfg = recipe.train
-    batches = Batches(train_on, cfg.batch_size, cfg.seed, device=state.device, world=world())
+    batches = Batches(train_on, cfg.batch_size, cfg.seed, device=state.device, world=world(),
+                      views=recipe.objective.views)
     state.compile = pick_compile(cfg, state.device, cfg.epochs*len(batches))
     return batches, recipe.objective.loss_fn(recipe, state, data.info)
 

@@ -92,12 +92,13 @@ def patches_to_keep(batch:Batch,
                     rate:float # share dropped
                    )->Tensor: # (B,M) int64
     "A random subset of patches for each image."
-    return batch.draws.uniform('patch_drop',n).argsort(1)[:,:max(1,round(n*(1-rate)))]
+    draws = batch.once or batch.draws   # others each time that a batch comes back
+    return draws.uniform('patch_drop',n).argsort(1)[:,:max(1,round(n*(1-rate)))]
 
 # %% ../../nbs/3_training/05_step.ipynb #595f36b6
 def supervised_loss(cfg:TrainConfig,
                     aug:AugmentConfig, # mean and std filled in
-                    more:Callable|None=None, # (images as augmented, whole; logits; loss) -> loss
+                    more:Callable|None=None, # (batch, its images as augmented, whole; logits; loss) -> loss
                     compiled:Callable=lambda f: f # of a function of (model, batch, phase of the run)
                    )->Callable:       # (model, batch, progress) -> loss, dict(top1)
     "Cross-entropy with label smoothing on augmented images, some patches dropped."
@@ -107,7 +108,7 @@ def supervised_loss(cfg:TrainConfig,
         keep = patches_to_keep(batch, model.cfg.num_patches, drop) if drop else None
         logits = model(F.avg_pool2d(x,2) if low else x, keep).float()
         loss = F.cross_entropy(logits, target, label_smoothing=cfg.label_smoothing)
-        if more: loss = more(x, logits, loss)
+        if more: loss = more(batch, x, logits, loss)
         return loss, dict(top1=topk_accuracy(logits.detach(), batch.y))
     step_loss = compiled(step_loss)
     def loss_fn(model:nn.Module, batch:Batch, progress:float):
