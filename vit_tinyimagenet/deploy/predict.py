@@ -127,7 +127,7 @@ def predict(image:AnyImage,
     if not isinstance(model,Network): model = load_pretrained(model)
     if not model.cfg.num_classes: raise ValueError('model: an encoder without a head; tune it to labels')
     if k<1: raise ValueError(f'k={k}: at least 1 class')
-    x = Preprocess(model)(image)[None].to(next(model.parameters()).device)
+    x = Preprocess(model)([image]).to(next(model.parameters()).device)
     p,i = model.eval()(x)[0].softmax(0).topk(min(k,model.cfg.num_classes))
     known = dict(name=model.info.names, wnid=model.info.wnids)
     named = {c:[v[j] for j in i.tolist()] for c,v in known.items()}
