@@ -106,8 +106,10 @@ class Distill(Supervised):
             ('views', self.views is None or self.views>=1, 'has to be at least 1, or None'))
         expand_home(self, 'teacher')
     def check(self, recipe:Recipe):
-        if self.views and recipe.augment.cutmix and recipe.augment.cutmix_until<1:
-            raise ValueError('objective.views: images come back as they were; set augment.cutmix_until=1')
+        if not self.views: return
+        same = not recipe.augment.cutmix or recipe.augment.cutmix_until==1
+        check_fields(recipe, ('augment.cutmix_until', same, 'has to be 1: views come back as they were'),
+            ('train.budget_minutes', not recipe.train.budget_minutes, 'has to be None: epochs vary in time'))
     def asked_epochs(self, device:torch.device)->float: # in which the teacher computes its answers
         return self.views if self.views and device.type=='cpu' else math.inf
     def loss_fn(self, recipe:Recipe, state:TrainState, info:DatasetInfo)->Callable:
