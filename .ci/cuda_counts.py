@@ -107,7 +107,7 @@ CASES = {
     'laptop': Case(RECIPES['laptop'], (0., .8, .9)),
     'laptop on a T4': Case(RECIPES['laptop'], (0., .8, .9), capability=T4),
     'laptop_streamed': Case(RECIPES['laptop'], free=0),   # images that do not fit, if that is looked at
-    'sprint': Case(RECIPES['sprint'], (0., .5, .95)),
+    'sprint': Case(RECIPES['sprint'], (0., .6, .96)),
     'fine_tune': Case(RECIPES['fine_tune']),
     'own_images': Case(RECIPES['own_images']),
     'original_notebook': Case(RECIPES['original_notebook'], batch_size=2),
