@@ -29,7 +29,9 @@ MARKS = (.321,.50,.57)   # top-1
 LONG = .5                # PFLOP, from which on one seed is enough
 OFFICIAL = 'a5181b44701c597190e36a85561c2d98982436e94e22a03768c276615a2c33c9'   # `data_sha256` at 64 pixels
 
-def forward_backward(run:Run)->float: return run.cost['train_pflop']
+def forward_backward(run:Run)->float:
+    "Operations of a run's forward and backward passes and of its teacher's answers, in units of 10^15."
+    return run.cost['train_pflop']
 
 def optimiser_pflop(run:Run)->float:
     "Operations of the products of an optimiser's steps, in units of 10^15: Muon has some, AdamW none."
