@@ -109,7 +109,10 @@ def check_cost(run:Run)->Iterator[Check]:
     "Operations, counted again, and those of a teacher."
     said,counted = run.cost.get('train_pflop',0.),recompute_cost(run)['train_pflop']
     yield Check('operations', abs(said/counted-1)<.01, f'{counted:.3f} PFLOP, {said:.3f} by its record')
-    try: yield Check('all operations', True, f'{total_pflop(run):.3f} PFLOP with all that it stands on')
+    try:
+        whole,optimisers = (total_pflop(run, of) for of in (forward_backward,optimiser_pflop))
+        found = f"{whole:.3f} PFLOP with all that it stands on; optimisers' own {optimisers:.3f}"
+        yield Check('all operations', True, found)
     except FileNotFoundError as e: yield Check('all operations', False, f'{e}: put its record there')
 
 def check_weights(run:Run, data:Pack|None)->Iterator[Check]:
