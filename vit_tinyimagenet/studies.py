@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'proxy', 'claims', 'starts', 'warmup', 'original_small', 'repairs', 'repair_ladder', 'labelled',
-           'few_labels', 'distillation']
+           'few_labels', 'distillation', 'student_schedule']
 
 # %% ../nbs/studies.ipynb #91c29b9d
 from dataclasses import replace
@@ -16,7 +16,7 @@ from .data.augment import AugmentConfig
 from .methods.distill import Distill
 from .models.resnet import ResNetConfig
 from .models.vit import VitConfig
-from .recipes import compact_laptop, original_notebook, sprint
+from .recipes import compact_laptop, laptop, original_notebook, sprint
 from .runs.ablation import Study
 from .runs.recipe import Recipe, Supervised
 from .training.optim import OptimConfig
@@ -126,5 +126,20 @@ def distillation()->Study:
         'ResNet, labels only':       small,
         'ResNet, taught by a ViT':   {**small, **taught['laptop']}})
 
+# %% ../nbs/studies.ipynb #5d0c7e12
+def student_schedule()->Study:
+    "From a teacher that is asked throughout to the schedule of `compact_laptop`, at equal operations."
+    teacher = replace(laptop(), classes=100, tuning=True, train=replace(laptop().train, epochs=12),
+                      model=VitConfig(num_classes=None, embed_dim=128, depth=4, num_heads=4))
+    weights = 'results/ablations/student_schedule/teacher_0/model.safetensors'
+    small = VitConfig(num_classes=None, embed_dim=96, depth=3, num_heads=3)
+    asked = {'model':small, 'objective':Distill(weights), 'train.epochs':11}
+    kept = {'objective':Distill(weights, views=6), 'augment.cutmix_until':1., 'train.epochs':17}
+    coarse = {'train.low_res_until':.4, 'train.patch_drop':((0.,.5),(.9,0.)), 'train.epochs':24}
+    steps = {'asked throughout':asked, 'answers kept':kept, 'low resolution first':coarse}
+    done = accumulate(steps.values(), or_)
+    return Study('student_schedule', teacher, {'teacher':{}, **dict(zip(steps,done))}, seeds=(0,1))
+
 # %% ../nbs/studies.ipynb #b03ea9fa
-STUDIES = {f.__name__:f for f in (claims,starts,warmup,repair_ladder,few_labels,distillation)}
+STUDIES = {f.__name__:f for f in (claims,starts,warmup,repair_ladder,few_labels,distillation,
+                              student_schedule)}
