@@ -136,7 +136,9 @@ def student_schedule()->Study:
     asked = {'model':small, 'objective':Distill(weights), 'train.epochs':11}
     kept = {'objective':Distill(weights, views=6), 'augment.cutmix_until':1., 'train.epochs':17}
     coarse = {'train.low_res_until':.4, 'train.patch_drop':((0.,.5),(.9,0.)), 'train.epochs':24}
-    steps = {'asked throughout':asked, 'answers kept':kept, 'low resolution first':coarse}
+    half = {'objective':Distill(weights, share=.5, views=6)}
+    steps = {'asked throughout':asked, 'answers kept':kept, 'low resolution first':coarse,
+             'half of the loss':half}
     done = accumulate(steps.values(), or_)
     return Study('student_schedule', teacher, {'teacher':{}, **dict(zip(steps,done))}, seeds=(0,1))
 
