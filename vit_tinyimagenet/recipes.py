@@ -129,8 +129,9 @@ def compact_laptop()->Recipe:
 # %% ../nbs/recipes.ipynb #4ddcc8fa
 def laptop_long()->Recipe:
     "A ViT of 3.2M parameters, taught by `laptop` for 14 epochs: two hours on two CPU cores."
-    base,vit = compact_laptop(),VitConfig(embed_dim=256, depth=6, num_heads=4, weight_init='torch')
-    return replace(base, name='laptop_long', model=vit, train=replace(base.train, epochs=14))
+    vit = VitConfig(embed_dim=256, depth=6, num_heads=4, weight_init='torch')
+    return replace(laptop(), name='laptop_long', model=vit, objective=Distill('laptop'),
+                   train=replace(laptop().train, epochs=14))
 
 # %% ../nbs/recipes.ipynb #26071afa
 RECIPES = {f.__name__:f for f in (demo, sprint, laptop, own_images, fine_tune, original_readme,

@@ -18,7 +18,7 @@ from .models.resnet import ResNetConfig
 from .models.vit import VitConfig
 from .recipes import compact_laptop, laptop, original_notebook, sprint
 from .runs.ablation import Study
-from .runs.recipe import Recipe, Supervised
+from .runs.recipe import Recipe
 from .training.optim import OptimConfig
 from .training.step import TrainConfig
 
@@ -115,10 +115,10 @@ def few_labels()->Study:
 # %% ../nbs/studies.ipynb #c00e1cfc
 def distillation()->Study:
     "A small ViT and a small residual network, from labels alone and with a teacher, three seeds."
-    base,taught = compact_laptop(),{t:{'objective':Distill(t)} for t in ('laptop','resnet_laptop')}
+    taught = {t:{'objective':Distill(t)} for t in ('laptop','resnet_laptop')}
     small = {'train.patch_drop':(), 'model':ResNetConfig(num_classes=None, width=32, layers=(1,1,1))}
-    short = replace(base, name='distillation', objective=Supervised(), classes=100,
-                    train=replace(base.train, epochs=4), model=replace(base.model, num_classes=None))
+    short = replace(laptop(), name='distillation', classes=100, train=replace(laptop().train, epochs=4),
+                    model=replace(compact_laptop().model, num_classes=None))
     return Study('distillation', short, seeds=(0,1,2), variants={
         'ViT, labels only':          {},
         'ViT, taught by a ViT':      taught['laptop'],
