@@ -115,7 +115,7 @@ CASES = {
     'mae_laptop': Case(RECIPES['mae_laptop']),
     'dino_laptop': Case(RECIPES['dino_laptop'], (0., .9)),
     'dino_gpu': Case(RECIPES['dino_gpu'], (0., .9)),
-    'compact_laptop': Case(RECIPES['compact_laptop']),
+    'compact_laptop': Case(RECIPES['compact_laptop'], (0., .5, .95)),
     'laptop_long': Case(RECIPES['laptop_long']),
     'resnet_laptop': Case(RECIPES['resnet_laptop'], (0., .8)),
     'three_augment': Case(three_augment, batch_size=16),
