@@ -122,7 +122,7 @@ def resnet_laptop()->Recipe:
 
 def compact_laptop()->Recipe:
     "A ViT of 0.9M parameters, taught by `laptop` for 26 epochs: one or two hours on two CPU cores."
-    # coarse images first, and answers that are kept, leave time for more epochs
+    # low resolution first, and answers that are kept, leave room for more epochs
     train = TrainConfig(epochs=26, batch_size=128, low_res_until=.4, patch_drop=((0.,.5),(.9,0.)))
     return replace(laptop(), name='compact_laptop', model=VitConfig(embed_dim=160, depth=4, num_heads=5),
                    objective=Distill('laptop', share=.5, views=6), train=train,
